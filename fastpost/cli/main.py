@@ -1,0 +1,59 @@
+"""The console script `fastpost`: picks the command and turns mistakes into one line and a code.
+
+Exit codes: 0 done, 2 a mistake in the recipe, the flags or the data, 130 interrupted. Any other
+failure keeps its traceback. Commands are imported when they are called, so that `fastpost --help`
+answers at once: their own imports of torch and TRL take seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import fastpost
+from fastpost.cli.recipe import UsageError, did_you_mean
+
+COMMANDS = {
+    "sft": "supervised fine-tuning on texts, conversations or prompt-completion pairs",
+    "dpo": "preference training on chosen and rejected answers",
+    "demo": "train a small model on this machine and see what it learnt",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. `argv`: the arguments after the program's name; default `sys.argv[1:]`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"fastpost {fastpost.__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or f" Commands: {', '.join(COMMANDS)}."
+        print(f"fastpost: error: unknown command '{name}'.{hint}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"fastpost.cli.{name}")
+    try:
+        return command.main(rest)
+    except UsageError as error:
+        print(f"fastpost {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nfastpost {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:6}{text}" for name, text in COMMANDS.items())
+    return (
+        "usage: fastpost COMMAND [options]\n\n"
+        f"commands:\n{commands}\n\n"
+        "  fastpost COMMAND --help  shows a command's options\n"
+        "  fastpost --version       shows the version"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""`fastpost sft`: supervised fine-tuning with `fastpost.SFTTrainer`."""
+
+from __future__ import annotations
+
+from fastpost.cli.train import Command, prepare, train_and_save
+
+COMMAND = Command(
+    name="sft",
+    summary=(
+        "Supervised fine-tuning. Rows have a text, messages, prompt + completion, or input_ids."
+    ),
+    method_fields=("packing", "completion_only_loss", "assistant_only_loss", "loss_type"),
+)
+COLUMNS = [
+    ("dataset_text_field",),
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("input_ids",),
+]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    from fastpost import SFTConfig, SFTTrainer  # heavy: torch and TRL
+
+    job = prepare(COMMAND, argv, SFTConfig, COLUMNS)
+    if job is None:
+        return 0
+    trainer = SFTTrainer(
+        model=job.fields.model,
+        args=job.config,
+        train_dataset=job.train_data,
+        eval_dataset=job.eval_data,
+        peft_config=job.fields.lora_config(),
+    )
+    return train_and_save(trainer, "sft")

@@ -1,0 +1,1 @@
+"""The embedded demo: a real small model, real tasks with scorers, no network."""

@@ -1,0 +1,146 @@
+"""The language-model head: from scored hidden states to log-probs, through the kernel.
+
+Architectures differ in three scalars between `hidden @ weight.T` and the logits (a scale, a
+softcap) and in where the weight lives (a plain tensor, a shard of FSDP2, a copy kept by PEFT's
+`modules_to_save`). Both are read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastpost_kernels import linear_cross_entropy, linear_logprob
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Head:
+    """Scalars of the head and the options every call of the kernel takes.
+
+    Attributes:
+        logit_scale: factor before the softcap.
+        softcap: `softcap * tanh(logits / softcap)`, or None.
+        temperature: the logits are divided by it last.
+        in_fp32: multiply in fp32 outside autocast.
+        memory_budget: bytes of workspace, None for the kernel's default.
+    """
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    in_fp32: bool
+    memory_budget: int | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        temperature: float = 1.0,
+        in_fp32: bool = False,
+        memory_budget: int | None = None,
+    ) -> Head:
+        """Read the scalars from the model's configuration."""
+        config = model.config.get_text_config()
+        return cls(
+            logit_scale=_logit_scale(config),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            temperature=temperature,
+            in_fp32=in_fp32,
+            memory_budget=memory_budget,
+        )
+
+    def score(
+        self, model: PreTrainedModel, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]
+    ) -> Any:
+        """Log-probs of targets `[M]` given hidden `[M, H]`, as the kernel's `LinearLogprob`."""
+        weight, bias = _gather(model)
+        hidden = hidden.to(weight.device)
+        return linear_logprob(
+            hidden,
+            weight,
+            targets.to(weight.device),
+            bias,
+            outputs=outputs,
+            **self._options(hidden),
+        )
+
+    def cross_entropy(
+        self,
+        model: PreTrainedModel,
+        hidden: Tensor,
+        targets: Tensor,
+        num_items: Tensor | float | None,
+        outputs: tuple[str, ...] = (),
+    ) -> Any:
+        """Summed loss over `num_items` (mean if None), as the kernel's `LinearCrossEntropy`."""
+        weight, bias = _gather(model)
+        hidden = hidden.to(weight.device)
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            targets.to(weight.device),
+            bias,
+            num_items=num_items,
+            outputs=outputs,
+            **self._options(hidden),
+        )
+
+    def _options(self, hidden: Tensor) -> dict[str, Any]:
+        compute_dtype = None
+        if self.in_fp32:
+            compute_dtype = torch.float32
+        elif torch.is_autocast_enabled(hidden.device.type):
+            compute_dtype = torch.get_autocast_dtype(hidden.device.type)
+        return {
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "compute_dtype": compute_dtype,
+            "memory_budget": self.memory_budget,
+        }
+
+
+def unscorable_reason(model: PreTrainedModel) -> str | None:
+    """Why the head cannot go through the kernel, or None if it can."""
+    lm_head = model.get_output_embeddings()
+    if hasattr(lm_head, "base_layer"):
+        return "an adapter sits on lm_head; take 'lm_head' out of target_modules"
+    weight = getattr(lm_head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return f"the output embedding is a {type(lm_head).__name__}, not a linear layer"
+    if not weight.is_floating_point():
+        return f"the weight of lm_head is quantised ({weight.dtype})"
+    return None
+
+
+def _logit_scale(config: Any) -> float:
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    # Granite and MiniCPM3 divide by this field, HyperCLOVA X multiplies by it.
+    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / divisor
+
+
+def _gather(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as whole tensors. Called behind the backbone, when FSDP2 has gathered them."""
+    lm_head: nn.Module = model.get_output_embeddings()
+    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+    return _whole(weight), None if bias is None else _whole(bias)
+
+
+def _whole(tensor: Any) -> Tensor:
+    if isinstance(tensor, DTensor):
+        # Without `grad_placements` the ranks' gradients would be added where they are averaged.
+        return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+    return tensor
+
+
+__all__ = ["Head", "unscorable_reason"]

@@ -1,0 +1,1 @@
+"""Drop-in trainers, one file per method. `seam` is what they share."""

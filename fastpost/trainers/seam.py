@@ -1,0 +1,93 @@
+"""What the trainers share: our forward at the place where TRL installs its own.
+
+TRL's trainers call `add_fused_lm_head(model, ...)`, a name of their own module, in the middle of
+their constructors: after the model is wrapped by PEFT, before the reference model is wrapped by
+accelerate and before reference log-probs are computed. Swapping that name while the constructor
+runs puts our forward at exactly that point, and rewrites nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from transformers import TrainingArguments
+
+from fastpost.scoring import Engine, accelerate_model
+
+logger = logging.getLogger("fastpost")
+
+
+@contextmanager
+def engine_at_seam(trl_module: ModuleType, args: Any) -> Iterator[list[Engine]]:
+    """Install our forward wherever the module's trainer would install TRL's.
+
+    Args:
+        trl_module: the module whose trainer is being constructed.
+        args: a config with `prefix_sharing` and `memory_budget_gb`.
+
+    Yields:
+        The engines in order of installation: the policy's, then the reference's if there is one.
+    """
+    engines: list[Engine] = []
+
+    def add_fused_lm_head(
+        model: Any,
+        temperature: float = 1.0,
+        cast_lm_head_to_fp32: bool = False,
+        outputs: tuple[str, ...] = ("log_probs",),
+    ) -> None:
+        engine = accelerate_model(
+            model,
+            prefix_sharing=args.prefix_sharing,
+            memory_budget_gb=args.memory_budget_gb,
+            temperature=temperature,
+            cast_lm_head_to_fp32=cast_lm_head_to_fp32,
+            outputs=outputs,
+        )
+        engines.append(engine)
+
+    stock = trl_module.add_fused_lm_head
+    trl_module.add_fused_lm_head = add_fused_lm_head  # type: ignore[attr-defined]
+    try:
+        yield engines
+    finally:
+        trl_module.add_fused_lm_head = stock  # type: ignore[attr-defined]
+
+
+def as_config(args: Any, config_class: type[Any]) -> Any:
+    """`args` as our config. TRL's own and plain `TrainingArguments` gain the missing fields.
+
+    Raises:
+        TypeError: not training arguments.
+    """
+    if args is None:
+        return config_class("trainer_output")
+    if isinstance(args, config_class):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args must be a {config_class.__name__}, got {type(args).__name__}")
+    fields = [f.name for f in dataclasses.fields(args) if f.init]
+    return config_class(**{name: getattr(args, name) for name in fields})
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Refuse configurations the engine cannot honour.
+
+    Raises:
+        ValueError: names the option and what to use instead.
+    """
+    if args.memory_budget_gb is not None and not args.memory_budget_gb > 0:
+        raise ValueError(f"memory_budget_gb must be positive, got {args.memory_budget_gb}")
+    if args.deepspeed is not None:
+        raise ValueError(
+            "deepspeed is not supported: its partitioned parameters cannot be read by the fused "
+            "head. Shard with FSDP2 (fsdp=...) instead"
+        )
+
+
+__all__ = ["as_config", "engine_at_seam", "logger", "refuse_unsupported"]

@@ -1,0 +1,124 @@
+"""FLOPs and workspace bytes of prefix_attention's two ops, for counters and planners.
+
+FLOPs are those of the visible pairs, the useful work: a pair costs two products in the forward (q·k
+and p·v) and five in the backward (q·k again, dO·v, and dQ, dK, dV). They depend on the contents of
+`segments`. Fake segments hold none; then all tokens count as one causal row, the most there can be.
+
+Workspace is an upper bound that reads no data: as if every token had an ancestor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _prefix_regions as regions
+from ._cost import _WORKSPACE
+from ._prefix_segments import num_visible, schedule_of
+
+__all__ = [
+    "backward_flops",
+    "backward_workspace",
+    "forward_flops",
+    "forward_workspace",
+    "register_costs",
+]
+
+
+def register_costs(
+    op: torch.library.CustomOpDef, flops: Callable[..., int], workspace: Callable[..., int]
+) -> None:
+    """Registers both formulas. The general registration shows formulas shapes; these need data."""
+    packet = op._opoverload.overloadpacket
+    register_flop_formula(packet, get_raw=True)(flops)
+    _WORKSPACE[packet] = workspace
+
+
+def forward_flops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+    out_val: tuple[Tensor, Tensor] | None = None,
+) -> int:
+    """2·Hq·(D + Dv) per visible pair."""
+    pairs = _num_pairs(segments, query.shape[1], window)
+    return 2 * query.shape[0] * pairs * (query.shape[2] + value.shape[2])
+
+
+def backward_flops(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+    out_val: tuple[Tensor, ...] | None = None,
+) -> int:
+    """2·Hq·(3D + 2Dv) per visible pair."""
+    pairs = _num_pairs(segments, query.shape[1], window)
+    return 2 * query.shape[0] * pairs * (3 * query.shape[2] + 2 * value.shape[2])
+
+
+def forward_workspace(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> int:
+    """Bytes of merged and partial outputs, row statistics, operands and scores."""
+    rows, head = query.shape[0] * query.shape[1], max(query.shape[2], value.shape[2])
+    elements = 3 * rows * head + 8 * rows + _operands_and_scores(query, key, head)
+    return elements * regions.accumulate_dtype(query.dtype).itemsize
+
+
+def backward_workspace(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> int:
+    """Bytes of summed and partial gradients, dO and O in fp32, operands and scores."""
+    rows, head = query.shape[0] * query.shape[1], max(query.shape[2], value.shape[2])
+    gradients = 2 * (rows + 2 * key.shape[0] * key.shape[1]) * head
+    elements = gradients + 2 * rows * head + 4 * rows + _operands_and_scores(query, key, head)
+    return elements * regions.accumulate_dtype(query.dtype).itemsize
+
+
+def _num_pairs(segments: Tensor, num_tokens: int, window: int | None) -> int:
+    if isinstance(segments, FakeTensor):
+        return num_visible(0, num_tokens, window)
+    return schedule_of(segments, num_tokens).num_pairs(window)
+
+
+def _operands_and_scores(query: Tensor, key: Tensor, head: int) -> int:
+    """Elements of query, key and value at one head size, and of the scores alive together."""
+    operands = (query.shape[0] + 2 * key.shape[0]) * query.shape[1] * head
+    scores = max(regions.MAX_SCORES, query.shape[0] * query.shape[1])
+    return operands + 6 * scores

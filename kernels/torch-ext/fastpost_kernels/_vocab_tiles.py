@@ -1,0 +1,427 @@
+"""The one body of linear_logprob and linear_cross_entropy: walks over vocabulary tiles.
+
+Logits only ever exist as one reused tile, filled by a GEMM and consumed by the passes of
+`_vocab_passes.py`. Two walks:
+
+    fold_rows      rows outer, vocabulary inner: statistics and, for a frozen head, the gradient too
+    TileGradients  vocabulary outer, rows inner: d hidden, and d weight one finished slice at a time
+
+Legend: M rows, m scored rows or a chunk of them, H hidden, V vocabulary, n columns of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _vocab_passes as passes_torch
+from . import _vocab_passes_cpp as passes_cpp
+from ._csrc import advise_huge_pages
+from ._device import HAS_TRITON
+from ._vocab_passes import (
+    CONST,
+    LINEAR,
+    LSE,
+    REF,
+    RESCALE,
+    SQUARES,
+    STATE_ROWS,
+    SUM,
+    TARGET,
+    TOP_AFTER,
+    TOP_BEFORE,
+    TOP_SELF,
+    UNIFORM,
+    XSUM,
+    ZSUM,
+    LogitTransform,
+    blocks,
+)
+
+if HAS_TRITON:
+    from . import _vocab_passes_triton as passes_triton
+
+IGNORE = -100
+# A tile is at most this wide: 4096 x 4096 in 16 bits is an L2 cache, and the widest that a Triton
+# program folds in registers.
+TILE_COLS = 4096
+TILE_ROWS = 4096
+MIN_COLS = 512
+ALIGN = 64
+DEFAULT_BUDGET = {"cpu": 128 << 20}
+DEFAULT_BUDGET_GPU = 512 << 20
+
+
+class Head(NamedTuple):
+    """The arguments that every walk needs; `compute_dtype` is what the GEMMs multiply."""
+
+    hidden: Tensor  # [M, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [M]
+    transform: LogitTransform
+    backend: str  # "triton", "cpp" or "torch"
+    compute_dtype: torch.dtype
+    budget: int  # bytes
+
+    @property
+    def stats_dtype(self) -> torch.dtype:
+        return statistics_dtype(self.compute_dtype)
+
+    @property
+    def passes(self) -> ModuleType:
+        if self.backend == "triton":
+            return passes_triton
+        return passes_cpp if self.backend == "cpp" else passes_torch
+
+    @property
+    def needs_scratch(self) -> bool:
+        """Whether a product must be rounded before it is added to an fp32 accumulator."""
+        return self.compute_dtype != self.stats_dtype and self.hidden.device.type != "cuda"
+
+    def stats(self, *shape: int) -> Tensor:
+        """Zeros in the statistics' dtype."""
+        fresh = self.hidden.new_empty(shape, dtype=self.stats_dtype)
+        return advise_huge_pages(fresh).zero_()
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised buffer in the GEMMs' dtype."""
+        return advise_huge_pages(self.hidden.new_empty(shape, dtype=self.compute_dtype))
+
+
+def statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Statistics and accumulators: float32, or float64 for float64 inputs."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def default_budget(device_type: str) -> int:
+    """Bytes of tile buffers when `memory_budget` is None: 128 MiB on CPU, 512 MiB elsewhere."""
+    return DEFAULT_BUDGET.get(device_type, DEFAULT_BUDGET_GPU)
+
+
+def tile_shape(rows: int, vocab: int, row_bytes: int, itemsize: int, budget: int) -> tuple[int, int]:
+    """(rows, columns) of the tile: as many rows as the budget allows, for the weight is read once
+    per row chunk; columns shrink to MIN_COLS before rows are split. `row_bytes` is what a row costs
+    besides its tile."""
+    cols = min(TILE_COLS, -(-vocab // ALIGN) * ALIGN)
+    rows = max(1, rows)
+    fitting = (budget // rows - row_bytes) // itemsize // ALIGN * ALIGN
+    cols = min(cols, max(fitting, MIN_COLS))
+    return max(1, min(rows, budget // (cols * itemsize + row_bytes))), cols
+
+
+class ScoredRows:
+    """Which rows are scored. Reading their number waits for the device once; the same read checks
+    the targets, so a bad one is always an error and never a silent wrong row."""
+
+    def __init__(self, targets: Tensor, vocab: int) -> None:
+        scored = targets != IGNORE
+        bad = scored & ((targets < 0) | (targets >= vocab))
+        self.total = targets.shape[0]
+        self.count, num_bad = torch.stack([scored.sum(), bad.sum()]).tolist()
+        if num_bad:
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"targets[{row}] = {int(targets[row])} ({num_bad} such rows): expected "
+                f"0 <= target < {vocab} (the vocabulary), or {IGNORE} for a row that is not scored"
+            )
+        self.index = None if self.count == self.total else scored.nonzero().squeeze(1)
+
+    def take(self, x: Tensor, start: int, end: int) -> Tensor:
+        """Scored rows [start, end) of x [M, ...]: a view if every row is scored."""
+        return x[start:end] if self.index is None else x[self.index[start:end]]
+
+    def put(self, out: Tensor, start: int, end: int, values: Tensor) -> None:
+        """The reverse of `take`, into `out` [M, ...]."""
+        if self.index is None:
+            out[start:end] = values
+        else:
+            out[self.index[start:end]] = values.to(out.dtype)
+
+    def chunks(self, size: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.count, size):
+            yield start, min(start + size, self.count)
+
+
+class WeightTiles:
+    """Slices of the weight in the GEMM's dtype, cast one tile at a time; the bias beside them."""
+
+    def __init__(self, head: Head, cols: int) -> None:
+        self.weight, self.cols = head.weight, cols
+        same = head.weight.dtype == head.compute_dtype
+        self.cast = None if same else head.empty(cols, head.weight.shape[1])
+        self.bias = None if head.bias is None else head.bias.to(head.stats_dtype).contiguous()
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        vocab = self.weight.shape[0]
+        for first in range(0, vocab, self.cols):
+            yield first, min(first + self.cols, vocab)
+
+    def slice(self, first: int, last: int) -> Tensor:
+        if self.cast is None:
+            return self.weight[first:last]
+        return self.cast[: last - first].copy_(self.weight[first:last])
+
+    def bias_slice(self, first: int, last: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[first:last]
+
+
+class TargetLogits(NamedTuple):
+    """Of each scored row's own target, exact to fp32."""
+
+    weight: Tensor  # [m, H] rows of the head
+    z: Tensor  # [m]
+    slope: Tensor  # [m], dz/dy with its constant factor
+
+
+def target_logits(head: Head, hidden: Tensor, targets: Tensor) -> TargetLogits:
+    """h . W[target] + b[target] by dot products in the statistics' dtype."""
+    weight = head.weight.index_select(0, targets).to(head.compute_dtype)
+    y = head.stats(hidden.shape[0])
+    starts = blocks(*hidden.shape)
+    for start in starts:
+        part = slice(start, start + starts.step)
+        product = hidden[part].to(head.stats_dtype) * weight[part]
+        torch.sum(product, 1, out=y[part])
+    if head.bias is not None:
+        y += head.bias.index_select(0, targets)
+    z, slope = head.transform.apply(y)
+    return TargetLogits(weight, z, slope * head.transform.chain)
+
+
+class RowStatistics(NamedTuple):
+    """Results of a fold, each [m] in the statistics' dtype (`is_top1` bool)."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    normalizer: Tensor  # sum_v exp(z_v - ref), what the accumulator of exponentials is divided by
+
+
+def start_state(head: Head, target: TargetLogits) -> Tensor:
+    """The state of a row that has seen its target's logit and nothing else, [9, m]."""
+    state = head.stats(STATE_ROWS, target.z.shape[0])
+    state[REF] = target.z
+    state[TOP_SELF : TOP_AFTER + 1] = -torch.inf
+    return state
+
+
+def finish_state(state: Tensor, target: TargetLogits, vocab: int) -> RowStatistics:
+    """From sums over the others, and the target, to statistics; all relative to `ref`."""
+    lag = target.z - state[REF]
+    at_target = lag.exp()
+    total = state[SUM] + at_target
+    log_total = total.log()
+    return RowStatistics(
+        # log1p where the target is the reference: log p keeps its digits near p = 1
+        logprob=torch.where(lag == 0, -state[SUM].log1p(), lag - log_total),
+        logsumexp=state[REF] + log_total,
+        entropy=log_total - (state[XSUM] + at_target * lag) / total,
+        log_sum_sq_probs=(state[SQUARES] + at_target.square()).log() - 2 * log_total,
+        mean_logits=(state[ZSUM] + target.z) / vocab,
+        # the first maximum wins a tie, as in argmax
+        is_top1=(state[TOP_SELF] > state[TOP_BEFORE]) & (state[TOP_SELF] >= state[TOP_AFTER]),
+        normalizer=total,
+    )
+
+
+def fold_rows(
+    head: Head,
+    hidden: Tensor,  # [m, H] in compute_dtype, contiguous
+    targets: Tensor,  # [m]
+    tiles: WeightTiles,
+    buffer: Tensor,  # [>= m, columns]; with `resident` one such tile after the other, flat
+    state: Tensor,  # [9, m]
+    *,
+    moments: bool,
+    top1: bool,
+    acc: Tensor | None = None,  # [m, H]: receives sum_v exp(z_v - ref) slope_v W_v
+    resident: bool = False,
+) -> None:
+    """One pass over the vocabulary for one chunk of rows. With `resident` every tile keeps its own
+    place in `buffer`, see `resident_tile`."""
+    rows = hidden.shape[0]
+    scratch = head.empty(*acc.shape) if acc is not None and head.needs_scratch else None
+    for first, last in tiles.spans():
+        weight = tiles.slice(first, last)
+        if resident:
+            tile = resident_tile(buffer, rows, first, last)
+        else:
+            tile = buffer[:rows, : last - first]
+        torch.mm(hidden, weight.t(), out=tile)
+        head.passes.fold(
+            tile,
+            state,
+            targets,
+            first,
+            tiles.bias_slice(first, last),
+            head.transform,
+            moments=moments,
+            top1=top1,
+            store_exp=acc is not None,
+        )
+        if acc is not None:
+            head.passes.multiply_accumulate(acc, tile, weight, scratch, state[RESCALE])
+
+
+def resident_size(rows: int, vocab: int) -> int:
+    """Elements of a flat buffer that keeps every tile."""
+    return rows * (-(-vocab // ALIGN) * ALIGN)
+
+
+def resident_tile(buffer: Tensor, rows: int, first: int, last: int) -> Tensor:
+    """The tile of columns [first, last): its rows are adjacent, as in the reused tile."""
+    cols = -(-(last - first) // ALIGN) * ALIGN
+    tile = buffer[rows * first : rows * (first + cols)].view(rows, cols)
+    return tile[:, : last - first]
+
+
+def combine_target(
+    target_weight: Tensor,  # [m, H]
+    target_factor: Tensor,  # [m]
+    acc: Tensor,  # [m, H]
+    acc_factor: Tensor,  # [m]
+) -> Tensor:
+    """target_factor * W[target] + acc_factor * acc, in place in `acc`: a frozen head's gradient."""
+    acc.mul_(acc_factor[:, None])
+    starts = blocks(*acc.shape)
+    for start in starts:
+        part = slice(start, start + starts.step)
+        acc[part] += target_weight[part] * target_factor[part, None]
+    return acc
+
+
+def gradient_coefs(
+    stats: Tensor,  # [4, m]: logprob, logsumexp, entropy, slope of the target
+    transform: LogitTransform,
+    grad_logprob: Tensor | None = None,  # [m]
+    grad_entropy: Tensor | None = None,  # [m]
+    grad_logsumexp: Tensor | None = None,  # [m]
+    uniform: Tensor | None = None,  # [m], added to d loss / d z_v of every v
+) -> Tensor:
+    """The rows of `coefs` [5, m] for given gradients of the three differentiable statistics.
+
+    d logprob / d z_v = [v = y] - p_v;  d lse / d z_v = p_v;  d entropy / d z_v = -p_v (log p_v + E)
+    """
+    logprob, lse, entropy, target_slope = stats
+    coefs = stats.new_zeros(5, stats.shape[1])
+    coefs[LSE] = lse
+    at_target = coefs[TARGET]
+    if grad_logsumexp is not None:
+        coefs[CONST] += grad_logsumexp
+    if grad_entropy is not None:
+        coefs[CONST] += grad_entropy * (lse - entropy)
+        coefs[LINEAR] -= grad_entropy
+    if uniform is not None:
+        coefs[UNIFORM] += uniform
+    z = logprob + lse
+    at_target += logprob.exp() * (coefs[CONST] + coefs[LINEAR] * z) + coefs[UNIFORM]
+    if grad_logprob is not None:
+        coefs[CONST] -= grad_logprob
+        at_target -= grad_logprob * torch.expm1(logprob)
+    at_target *= target_slope
+    return coefs
+
+
+class TileGradients:
+    """Collects d hidden, d weight and d bias from gradient tiles, vocabulary outer.
+
+    d hidden is summed over tiles in the statistics' dtype. A slice of d weight is finished within
+    its vocabulary span: written by the GEMM itself if all rows are in one chunk, otherwise summed
+    over row chunks in a [n, H] accumulator; a full-precision [V, H] buffer never exists.
+    """
+
+    def __init__(
+        self, head: Head, rows: int, cols: int, chunk: int, needs: tuple[bool, bool, bool]
+    ) -> None:
+        self.head = head
+        need_hidden, need_weight, need_bias = needs
+        vocab, width = head.weight.shape
+        self.hidden = head.stats(rows, width) if need_hidden else None
+        self.weight = None
+        if need_weight:
+            self.weight = advise_huge_pages(head.weight.new_empty(head.weight.shape))
+            if rows == 0:
+                self.weight.zero_()
+        self.bias = head.stats(vocab) if need_bias else None
+        self.one_chunk = rows <= chunk
+        self.direct = self.one_chunk and head.weight.dtype == head.compute_dtype
+        self.span: Tensor | None = None
+        if need_weight and not self.direct:
+            self.span = head.stats(cols, width)
+        self.scratch = None
+        if head.needs_scratch:
+            scratch_rows = max(chunk if need_hidden else 0, 0 if self.span is None else cols)
+            self.scratch = head.empty(scratch_rows, width)
+
+    def add(self, tile: Tensor, weight: Tensor, hidden: Tensor, row: int, first: int) -> None:
+        """`tile` [m, n]: gradients of rows [row, row + m) and columns [first, first + n)."""
+        rows, cols = tile.shape
+        accumulate = self.head.passes.multiply_accumulate
+        if self.hidden is not None:
+            scratch = None if self.scratch is None else self.scratch[:rows]
+            accumulate(self.hidden[row : row + rows], tile, weight, scratch)
+        if self.weight is not None and self.direct:
+            torch.mm(tile.t(), hidden, out=self.weight[first : first + cols])
+        elif self.span is not None:
+            scratch = None if self.scratch is None else self.scratch[:cols]
+            accumulate(self.span[:cols], tile.t(), hidden, scratch)
+        if self.bias is not None:
+            self.bias[first : first + cols] += tile.sum(0, dtype=self.bias.dtype)
+
+    def end_span(self, first: int, last: int) -> None:
+        """All rows of columns [first, last) were added."""
+        if self.weight is not None and self.span is not None:
+            self.weight[first:last] = self.span[: last - first]
+            self.span.zero_()
+
+
+def recompute_gradients(
+    head: Head,
+    rows: ScoredRows,
+    coefs: Tensor,  # [5, m]
+    needs: tuple[bool, bool, bool],
+) -> TileGradients:
+    """Logit tiles once more, turned into gradients: 1 GEMM plus 1 each for d hidden, d weight."""
+    vocab, width = head.weight.shape
+    itemsize = head.compute_dtype.itemsize
+    chunk, cols = tile_shape(rows.count, vocab, 0, itemsize, head.budget)
+    tiles = WeightTiles(head, cols)
+    grads = TileGradients(head, rows.count, cols, chunk, needs)
+    buffer = head.empty(chunk, cols)
+    one_hidden = None
+    for first, last in tiles.spans():
+        weight, bias = tiles.slice(first, last), tiles.bias_slice(first, last)
+        for start, end in rows.chunks(chunk):
+            if one_hidden is None or not grads.one_chunk:
+                one_hidden = gemm_rows(head, rows.take(head.hidden, start, end))
+            targets = rows.take(head.targets, start, end).contiguous()
+            tile = buffer[: end - start, : last - first]
+            torch.mm(one_hidden, weight.t(), out=tile)
+            head.passes.gradient(
+                tile, coefs[:, start:end], targets, first, bias, head.transform
+            )
+            grads.add(tile, weight, one_hidden, start, first)
+        grads.end_span(first, last)
+    return grads
+
+
+def gemm_rows(head: Head, x: Tensor) -> Tensor:
+    """`x` as the GEMMs want it: compute dtype, rows contiguous."""
+    return x.to(head.compute_dtype).contiguous()
+
+
+def scatter_rows(rows: ScoredRows, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """[m, ...] -> [M, ...] in `dtype`, zero where a row is not scored."""
+    if rows.index is None:
+        return values.to(dtype)
+    out = values.new_zeros((rows.total, *values.shape[1:]), dtype=dtype)
+    rows.put(out, 0, rows.count, values)
+    return out

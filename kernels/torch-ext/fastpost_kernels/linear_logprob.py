@@ -1,0 +1,448 @@
+"""Log-probabilities of targets from hidden states and a language-model head, without [M, V] logits.
+
+    y = h W^T + b,   z = softcap tanh(logit_scale y / softcap) / temperature
+    logprob = z_t - lse(z),   entropy = lse(z) - sum_v p_v z_v,   p = softmax(z)
+    d logprob / d h = sum_v ([v = t] - p_v) z'_v W_v
+
+Strategy. Logits exist as one reused tile: a GEMM fills it, one pass folds it into row statistics.
+What needs gradients decides the rest; there is no switch.
+  * nothing:      1 GEMM.
+  * hidden only (frozen head: LoRA, QLoRA): the gradient above is attention with query h and
+    key = value = W, so the forward runs it as such: tile of exponentials times W into an fp32
+    accumulator. 2 GEMMs; the backward of any loss on logprob is one row scaling.
+  * the head too: the loss's coefficients are unknown in the forward, so the backward recomputes
+    each tile and writes d weight slice by slice. 4 GEMMs, no fp32 [V, H] buffer.
+  * rows with target -100 are dropped before any GEMM.
+Rejected: saving [M, V] logits in 16 bits (no recompute, 3 GEMMs): 2.4 GB at M 8192, V 151,936. When
+the coefficients are known, `linear_cross_entropy` gets 3 GEMMs.
+
+One head GEMM is 2 M H V FLOP. Bytes beyond results: see `workspace_bytes`; never O(M V).
+Legend: M rows, H hidden, V vocabulary.
+Sources: online softmax, Milakov and Gimelshein (arXiv:1805.02867); fused linear cross-entropy by
+tiles, Wijmans et al., "Cut your losses" (arXiv:2411.09009); the frozen-head identity is
+FlashAttention's forward (Dao et al., arXiv:2205.14135) with K = V = W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._cost import register_costs
+from ._device import resolve_backend
+from ._linear_arguments import (
+    check_outputs,
+    check_tensors,
+    resolve_settings,
+    resolve_transform,
+)
+from ._namespace import add_op_namespace_prefix
+from ._vocab_passes import BLOCK_ELEMENTS, LogitTransform
+from ._vocab_tiles import (
+    Head,
+    ScoredRows,
+    WeightTiles,
+    combine_target,
+    finish_state,
+    fold_rows,
+    gemm_rows,
+    gradient_coefs,
+    recompute_gradients,
+    scatter_rows,
+    start_state,
+    statistics_dtype,
+    target_logits,
+)
+from ._vocab_workspace import HeadSize, fold_plan, fold_workspace, recompute_workspace
+
+__all__ = ["LinearLogprob", "linear_logprob"]
+
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "logsumexp")
+MOMENTS = ("entropy", "log_sum_sq_probs", "mean_logits")
+
+
+class LinearLogprob(NamedTuple):
+    """Per-row results, [M] in float32 (float64 for float64 inputs); absent ones are None.
+
+    `logprob`, `entropy` and `logsumexp` carry gradients. Rows with target -100 hold zeros.
+    """
+
+    logprob: Tensor
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+
+def forward(head: Head, outputs: Sequence[str], with_jacobian: bool) -> dict[str, Tensor]:
+    """Statistics by name, `stats` [4, M] for the backward, `jacobian` [M, H] = d logprob / d h."""
+    rows = ScoredRows(head.targets, head.weight.shape[0])
+    (vocab, width), total = head.weight.shape, rows.total
+    moments = any(name in MOMENTS for name in outputs)
+    chunk, cols = fold_plan(
+        rows.count, vocab, width, head.compute_dtype, with_jacobian, head.budget
+    )
+    results = {
+        name: head.hidden.new_zeros(
+            total, dtype=torch.bool if name == "is_top1" else head.stats_dtype
+        )
+        for name in ("logprob", *outputs)
+    }
+    results["stats"] = head.stats(4, total)
+    if with_jacobian:
+        fill = torch.empty if rows.index is None else torch.zeros
+        results["jacobian"] = fill(
+            total, width, dtype=head.hidden.dtype, device=head.hidden.device
+        )
+    tiles, buffer = WeightTiles(head, cols), head.empty(chunk, cols)
+    for start, end in rows.chunks(chunk):
+        hidden = gemm_rows(head, rows.take(head.hidden, start, end))
+        targets = rows.take(head.targets, start, end).contiguous()
+        target = target_logits(head, hidden, targets)
+        state = start_state(head, target)
+        acc = head.stats(end - start, width) if with_jacobian else None
+        fold_rows(
+            head,
+            hidden,
+            targets,
+            tiles,
+            buffer,
+            state,
+            moments=moments,
+            top1="is_top1" in outputs,
+            acc=acc,
+        )
+        found = finish_state(state, target, vocab)
+        for name in ("logprob", *outputs):
+            rows.put(results[name], start, end, getattr(found, name))
+        for i, value in enumerate((found.logprob, found.logsumexp, found.entropy, target.slope)):
+            rows.put(results["stats"][i], start, end, value)
+        if acc is not None:
+            # d logprob / d h = (1 - p_t) z'_t W_t - sum_{v != t} p_v z'_v W_v
+            factor = -torch.expm1(found.logprob) * target.slope
+            combine_target(target.weight, factor, acc, -head.transform.chain / found.normalizer)
+            rows.put(results["jacobian"], start, end, acc)
+    return results
+
+
+def backward(
+    head: Head,
+    stats: Tensor,  # [4, M]
+    jacobian: Tensor | None,  # [M, H]
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """d hidden, d weight, d bias from the gradients of logprob, entropy and logsumexp, each [M]."""
+    grad_logprob, grad_entropy, grad_logsumexp = grads
+    if jacobian is not None and grad_entropy is None and grad_logsumexp is None:
+        assert grad_logprob is not None and needs == (True, False, False)
+        return scale_rows(jacobian, grad_logprob), None, None
+    rows = ScoredRows(head.targets, head.weight.shape[0])
+    picked = [None if g is None else rows.take(g, 0, rows.count) for g in grads]
+    scored_stats = stats if rows.index is None else stats[:, rows.index]
+    coefs = gradient_coefs(scored_stats, head.transform, *picked)
+    found = recompute_gradients(head, rows, coefs, needs)
+    return (
+        None if found.hidden is None else scatter_rows(rows, found.hidden, head.hidden.dtype),
+        found.weight,
+        None if found.bias is None or head.bias is None else found.bias.to(head.bias.dtype),
+    )
+
+
+def scale_rows(matrix: Tensor, factors: Tensor) -> Tensor:
+    """factors[:, None] * matrix in the factors' dtype, rounded once to the matrix's."""
+    out = torch.empty_like(matrix)
+    step = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+    if matrix.device.type == "cuda":  # one launch: the GPU casts on the fly, without temporaries
+        step = max(1, matrix.shape[0])
+    for start in range(0, matrix.shape[0], step):
+        part = slice(start, start + step)
+        torch.mul(matrix[part], factors[part, None], out=out[part])
+    return out
+
+
+@torch.library.custom_op(add_op_namespace_prefix("linear_logprob_fwd"), mutates_args=())
+def linear_logprob_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    outputs: str,  # comma-separated names
+    with_jacobian: bool,
+    backend: str,
+    compute_dtype: torch.dtype,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprob, the OUTPUTS in order, stats, jacobian; those not asked for have no elements."""
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    backend = resolve_backend(backend, hidden.device, compute_dtype)
+    head = Head(hidden, weight, bias, targets, transform, backend, compute_dtype, memory_budget)
+    names = tuple(name for name in outputs.split(",") if name)
+    with torch.cuda.device_of(hidden):
+        found = forward(head, names, with_jacobian)
+    absent = {name: _absent(hidden, name, compute_dtype) for name in (*OUTPUTS, "jacobian")}
+    found = absent | found
+    entropy, squares, mean, top1, lse = (found[name] for name in OUTPUTS)
+    return found["logprob"], entropy, squares, mean, top1, lse, found["stats"], found["jacobian"]
+
+
+def _absent(hidden: Tensor, name: str, compute_dtype: torch.dtype) -> Tensor:
+    dtypes = {"is_top1": torch.bool, "jacobian": hidden.dtype}
+    return hidden.new_empty(0, dtype=dtypes.get(name, statistics_dtype(compute_dtype)))
+
+
+@linear_logprob_fwd.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    outputs: str,
+    with_jacobian: bool,
+    backend: str,
+    compute_dtype: torch.dtype,
+    memory_budget: int,
+) -> tuple[Tensor, ...]:
+    rows, width = hidden.shape
+    wide = statistics_dtype(compute_dtype)
+    names = outputs.split(",")
+    optional = [
+        hidden.new_empty(rows, dtype=torch.bool if name == "is_top1" else wide)
+        if name in names
+        else _absent(hidden, name, compute_dtype)
+        for name in OUTPUTS
+    ]
+    jacobian = hidden.new_empty((rows, width) if with_jacobian else (0,))
+    stats = hidden.new_empty(4, rows, dtype=wide)
+    return (hidden.new_empty(rows, dtype=wide), *optional, stats, jacobian)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("linear_logprob_bwd"), mutates_args=())
+def linear_logprob_bwd(
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: Tensor,
+    jacobian: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+    compute_dtype: torch.dtype,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d hidden, d weight, d bias; those not needed have no elements."""
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    backend = resolve_backend(backend, hidden.device, compute_dtype)
+    head = Head(hidden, weight, bias, targets, transform, backend, compute_dtype, memory_budget)
+    with torch.cuda.device_of(hidden):
+        found = backward(
+            head,
+            stats,
+            jacobian if jacobian.dim() == 2 else None,
+            (grad_logprob, grad_entropy, grad_logsumexp),
+            (need_hidden, need_weight, need_bias),
+        )
+    d_hidden, d_weight, d_bias = found
+    return (
+        hidden.new_empty(0) if d_hidden is None else d_hidden,
+        weight.new_empty(0) if d_weight is None else d_weight,
+        (weight if bias is None else bias).new_empty(0) if d_bias is None else d_bias,
+    )
+
+
+@linear_logprob_bwd.register_fake
+def _(
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: Tensor,
+    jacobian: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+    compute_dtype: torch.dtype,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias_like = weight if bias is None else bias
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        bias_like.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, bias, *transform, outputs, _, backend, compute_dtype, budget = inputs
+    *_, stats, jacobian = output
+    ctx.save_for_backward(hidden, weight, targets, bias, stats, jacobian)
+    ctx.transform, ctx.settings = transform, (backend, compute_dtype, budget)
+    ctx.outputs = outputs.split(",")
+    # an output that no loss uses then arrives as None and costs nothing
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_logprob = grads[0]
+    # tracers hand a gradient to outputs without elements too
+    grad_entropy = grads[1] if "entropy" in ctx.outputs else None
+    grad_logsumexp = grads[5] if "logsumexp" in ctx.outputs else None
+    unused = (None,) * 8
+    if grad_logprob is None and grad_entropy is None and grad_logsumexp is None:
+        return (None, None, None, None, *unused)
+    hidden, weight, targets, bias, stats, jacobian = ctx.saved_tensors
+    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    d_hidden, d_weight, d_bias = linear_logprob_bwd(
+        grad_logprob,
+        grad_entropy,
+        grad_logsumexp,
+        hidden,
+        weight,
+        targets,
+        bias,
+        stats,
+        jacobian,
+        *ctx.transform,
+        need_hidden,
+        need_weight,
+        need_bias,
+        *ctx.settings,
+    )
+    return (
+        d_hidden if need_hidden else None,
+        d_weight if need_weight else None,
+        None,
+        d_bias if need_bias else None,
+        *unused,
+    )
+
+
+linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _forward_flops(
+    hidden: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any
+) -> int:
+    # args: targets, bias, logit_scale, softcap, temperature, outputs, with_jacobian, ...
+    return 2 * hidden[0] * weight[0] * weight[1] * (1 + bool(args[6]))
+
+
+def _backward_flops(*args: Any, **kwargs: Any) -> int:
+    only_logprob = args[1] is None and args[2] is None
+    (rows, width), vocab, jacobian = args[3], args[4][0], args[8]
+    if len(jacobian) == 2 and only_logprob:
+        return 0
+    return 2 * rows * width * vocab * (1 + args[12] + args[13])
+
+
+def _forward_workspace(hidden: Tensor, weight: Tensor, *args: Any) -> int:
+    with_jacobian, backend, dtype, budget = args[6:]
+    size = HeadSize.of(hidden, weight, backend, dtype, budget)
+    return fold_workspace(size, dtype, with_jacobian)
+
+
+def _backward_workspace(*args: Any) -> int:
+    hidden, weight, jacobian, needs, settings = args[3], args[4], args[8], args[12:15], args[15:]
+    size = HeadSize.of(hidden, weight, *settings)
+    if jacobian.dim() == 2 and args[1] is None and args[2] is None:
+        return 2 * BLOCK_ELEMENTS * size.wide_bytes
+    return recompute_workspace(size, needs)
+
+
+register_costs(linear_logprob_fwd, flops=_forward_flops, workspace=_forward_workspace)
+register_costs(linear_logprob_bwd, flops=_backward_flops, workspace=_backward_workspace)
+
+
+def linear_logprob(
+    hidden: Tensor,  # [M, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [M] int64
+    bias: Tensor | None = None,  # [V]
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: Sequence[str] = (),
+    backend: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> LinearLogprob:
+    """log p(target) of every row, and other statistics of its distribution, without the logits.
+
+    Equals, in float32 and without the [M, V] tensor:
+
+        z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
+        logprob = z.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+    Args:
+        hidden: [M, H], float32, bfloat16 or float64.
+        weight: [V, H], the head as `nn.Linear` stores it. Cast tile by tile to the compute dtype.
+        targets: [M] int64; -100 marks rows that are not scored: they give 0, carry no gradient and
+            are dropped before any multiplication. Their number is read back from the device, once
+            per forward; the same read checks the range of all targets.
+        bias: [V] or None.
+        temperature, softcap, logit_scale: positive, see the equation; `softcap` None is no cap.
+        outputs: names out of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1",
+            "logsumexp". Each costs only when asked for.
+        backend: "auto", "triton" (GPUs, or TRITON_INTERPRET=1), "cpp" (CPUs) or "torch".
+        compute_dtype: what the GEMMs multiply; default autocast's, else that of `hidden`.
+            Statistics and sums stay float32 (float64 for float64). On CPU, products of 16-bit
+            operands are rounded to 16 bits once per tile before they are summed.
+        memory_budget: bytes for the logits tile; default 128 MiB on CPU, 512 MiB on GPUs. Peak
+            memory beyond the results is `workspace_bytes(op, *args)`: the budget plus terms in
+            M H, n H (n <= 4096 tile columns) and V, never M V.
+
+    Returns:
+        `LinearLogprob`. If only `hidden` needs a gradient, [M, H] is kept for the backward, which
+        is then a row scaling; otherwise the backward recomputes logit tiles. A NaN in a row of
+        `hidden` makes that row's results NaN.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a target outside [0, V) that is not -100,
+            non-positive factors, an unknown output, a backend that cannot run here.
+        TypeError: dtypes other than those above.
+    """
+    check_tensors(hidden, weight, targets, bias)
+    check_outputs(outputs, OUTPUTS)
+    transform = resolve_transform(logit_scale, softcap, temperature)
+    settings = resolve_settings(hidden, backend, compute_dtype, memory_budget)
+    head_is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    with_jacobian = torch.is_grad_enabled() and hidden.requires_grad and head_is_frozen
+    asked = ",".join(name for name in OUTPUTS if name in outputs)
+    found = linear_logprob_fwd(
+        hidden, weight, targets, bias, *transform, asked, with_jacobian, *settings
+    )
+    logprob, entropy, squares, mean, top1, lse = found[:6]
+    return LinearLogprob(
+        logprob,
+        entropy if "entropy" in outputs else None,
+        squares.detach() if "log_sum_sq_probs" in outputs else None,
+        mean.detach() if "mean_logits" in outputs else None,
+        top1 if "is_top1" in outputs else None,
+        lse if "logsumexp" in outputs else None,
+    )

@@ -1,0 +1,111 @@
+"""The specification: every op in plain torch, any dtype, nothing hidden.
+
+These materialise everything and are slow; tests evaluate them in float64 and call that the truth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["linear_cross_entropy", "linear_logprob", "prefix_attention"]
+
+
+def logits(
+    hidden: Tensor,  # [M, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None = None,  # [V]
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """`softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`, [M, V]."""
+    z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def linear_logprob(
+    hidden: Tensor,  # [M, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [M] int64, -100 where a row is not scored
+    bias: Tensor | None = None,  # [V]
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """Every output of `fastpost_kernels.linear_logprob`, each [M]; unscored rows are zero."""
+    z = logits(
+        hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    scored = targets != -100
+    log_p = z - z.logsumexp(-1, keepdim=True)
+    p = log_p.exp()
+    target = targets.where(scored, 0)
+    outputs = {
+        "logprob": log_p.gather(-1, target[:, None]).squeeze(-1),
+        "entropy": -(p * log_p).sum(-1),
+        "logsumexp": z.logsumexp(-1),
+        "log_sum_sq_probs": (2 * log_p).logsumexp(-1),
+        "mean_logits": z.mean(-1),
+        "is_top1": z.argmax(-1) == target,
+    }
+    return {name: value.where(scored, torch.zeros_like(value)) for name, value in outputs.items()}
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [M, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [M]
+    bias: Tensor | None = None,  # [V]
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Sum over scored rows of cross-entropy (torch's label smoothing) + z_loss * logsumexp^2."""
+    z = logits(
+        hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    loss = torch.nn.functional.cross_entropy(
+        z, targets, reduction="sum", label_smoothing=label_smoothing
+    )
+    return loss + z_loss * z.logsumexp(-1)[targets != -100].square().sum()
+
+
+def prefix_attention(
+    query: Tensor,  # [Hq, N, D]
+    key: Tensor,  # [Hk, N, D]
+    value: Tensor,  # [Hk, N, Dv]
+    segments: Tensor,  # [S, 3] int64: start, end, subtree_end
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [Hq]
+) -> Tensor:
+    """Dense masked attention over a forest of segments, [Hq, N, Dv]."""
+    heads, num_tokens, head_dim = query.shape
+    visible = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for start, end, subtree_end in segments.tolist():
+        visible[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+        visible[end:subtree_end, start:end] = True
+    depth = visible.sum(1) - 1  # position of a token on its own path
+    if window is not None:
+        visible &= depth[:, None] - depth[None, :] < window
+    visible = visible.to(query.device)
+    groups = heads // key.shape[0]
+    scale = head_dim**-0.5 if scale is None else scale
+    scores = query @ key.repeat_interleave(groups, 0).transpose(1, 2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores)[:, None, None].expand(-1, num_tokens, 1)], -1)
+    probs = scores.softmax(-1)[..., :num_tokens]
+    return probs @ value.repeat_interleave(groups, 0)

@@ -1,0 +1,41 @@
+"""The public names. A change here is a change users see: make it on purpose."""
+
+from __future__ import annotations
+
+import fastpost
+import fastpost_kernels
+
+
+def test_fastpost() -> None:
+    assert sorted(fastpost.__all__) == [
+        "DPOConfig",
+        "DPOTrainer",
+        "PackPlan",
+        "SFTConfig",
+        "SFTTrainer",
+        "accelerate_model",
+        "pack",
+    ]
+
+
+def test_fastpost_kernels() -> None:
+    assert sorted(fastpost_kernels.__all__) == [
+        "LinearCrossEntropy",
+        "LinearLogprob",
+        "layers",
+        "linear_cross_entropy",
+        "linear_logprob",
+        "prefix_attention",
+        "reference",
+        "workspace_bytes",
+    ]
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    for package in (fastpost, fastpost_kernels):
+        for name in package.__all__:
+            assert getattr(package, name).__doc__, f"{package.__name__}.{name} has no docstring"
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    assert not hasattr(fastpost, "NoSuchTrainer")

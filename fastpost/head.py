@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastpost_kernels import linear_cross_entropy, linear_logprob
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
+
+from fastpost_kernels import linear_cross_entropy, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _logit_scale(config: Any) -> float:
 
 
 def _gather(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias as whole tensors. Called behind the backbone, when FSDP2 has gathered them."""
+    """Weight and bias as whole tensors. Called behind the backbone: FSDP2 has gathered them."""
     lm_head: nn.Module = model.get_output_embeddings()
     weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
     return _whole(weight), None if bias is None else _whole(bias)

@@ -23,6 +23,7 @@ O(B log B) comparisons of rows plus O(B T) vectorised work, a fraction of a perc
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -216,7 +217,7 @@ class _Segment(NamedTuple):
 
 
 def _build_forest(order: np.ndarray, shared: np.ndarray, lengths: np.ndarray) -> list[_Segment]:
-    """Segments of the rows, depth first. `shared[i]` is what row `order[i]` shares with the last."""
+    """Segments of the rows, depth first. `shared[i]`: common prefix of rows `order[i-1:i+1]`."""
     forest: list[_Segment] = []
     work = [(0, len(order), 0)] if len(order) else []
     while work:
@@ -232,8 +233,8 @@ def _build_forest(order: np.ndarray, shared: np.ndarray, lengths: np.ndarray) ->
         if meet - depth >= MIN_SHARED_TOKENS:
             forest.append(_Segment(order[first:last].tolist(), depth, meet - depth))
             depth = meet
-        children = zip(bounds[:-1], bounds[1:], strict=True)
-        work.extend((begin, end, depth) for begin, end in reversed(list(children)))
+        children = reversed(list(pairwise(bounds)))
+        work.extend((begin, end, depth) for begin, end in children)
     return forest
 
 

@@ -95,7 +95,9 @@ def accelerate_model(
         ValueError: unknown output name, non-positive temperature or budget, or the model's own
             logits differ from what the head computes.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(model, "get_base_model"):  # PEFT
+        base = model.get_base_model()  # type: ignore[operator]
     if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
         raise TypeError(
             "accelerate_model needs a transformers causal language model (or one wrapped by "
@@ -289,13 +291,12 @@ class Engine:
         mask = scored if shift_labels is not None else scored[:, :-1]
         result = self._score_unique(model, hidden, index, targets[mask])
 
-        def place(values: Tensor | None) -> Tensor | None:
+        def place(values: Tensor) -> Tensor:
             # `masked_scatter` keeps a batch without labels connected to the model.
-            if values is None:
-                return None
             return values.new_zeros(mask.shape).masked_scatter(mask.to(values.device), values)
 
         log_probs = place(result.logprob)
+        optional = {name: place(getattr(result, name)) for name in self.outputs}
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = -log_probs.sum() / count
         if aux_loss is not None:
@@ -303,12 +304,9 @@ class Engine:
         return ScoredOutput(
             loss=loss,
             log_probs=log_probs,
-            entropy=place(result.entropy),
-            log_sum_sq_probs=place(result.log_sum_sq_probs),
-            mean_logits=place(result.mean_logits),
-            is_top1=place(result.is_top1),
             label_mask=mask,
             aux_loss=aux_loss,
+            **optional,
         )
 
     def _score_unique(

@@ -32,9 +32,7 @@ def _sequences(model: PreTrainedModel) -> Tensor:
     return torch.stack([row, torch.cat([row[:12], row[:4]])])
 
 
-def compare_head(
-    model: PreTrainedModel, head: Head, stock_forward: Callable[..., Any]
-) -> str:
+def compare_head(model: PreTrainedModel, head: Head, stock_forward: Callable[..., Any]) -> str:
     """Compare the kernel's log-probs with those of the model's own logits.
 
     Raises:

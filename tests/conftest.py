@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, so before any import of ours
+os.environ["TRITON_INTERPRET"] = (
+    "1"  # read when kernels are decorated, so before any import of ours
+)
 
 from collections.abc import Iterator
 from typing import Any
@@ -57,7 +59,7 @@ def seed() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory reads as NaN: what a kernel forgets to write, or reads too early, shows."""
+    """Uninitialised memory reads as NaN: what is not written, or read too early, shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +17,7 @@ def parents(segments: torch.Tensor) -> list[int]:
     spans = segments.tolist()
     result = []
     for i, (start, _, subtree_end) in enumerate(spans):
-        covering = [
-            j for j in range(i) if spans[j][1] <= start and subtree_end <= spans[j][2]
-        ]
+        covering = [j for j in range(i) if spans[j][1] <= start and subtree_end <= spans[j][2]]
         result.append(covering[-1] if covering else -1)
     return result
 
@@ -99,8 +99,8 @@ def test_padded_batch(rows, left, share, data) -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(rows=ragged_rows())
 def test_packed_row_equals_padded_batch(rows) -> None:
-    flat = torch.tensor([sum(rows, [])])
-    positions = torch.tensor([sum((list(range(len(row))) for row in rows), [])])
+    flat = torch.tensor([list(chain.from_iterable(rows))])
+    positions = torch.tensor([list(chain.from_iterable(range(len(row)) for row in rows))])
     plan = pack(flat, position_ids=positions)
     at, expected = 0, []
     for row in rows:
@@ -130,7 +130,12 @@ def test_no_longer_prefix_could_be_shared() -> None:
 
 def test_levels_nest() -> None:
     system, first, second = list(range(10)), list(range(20, 32)), list(range(40, 55))
-    rows = [system + first + [1], system + first + [2], system + second + [1], system + second + [2]]
+    rows = [
+        system + first + [1],
+        system + first + [2],
+        system + second + [1],
+        system + second + [2],
+    ]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

@@ -82,9 +82,7 @@ def test_log_probs_and_gradients_equal_the_models_own(batch) -> None:
     top1 = probs.argmax(-1) == batch["labels"][:, 1:]
     assert torch.equal(output.is_top1.bool()[mask], top1[mask])
     collision = (2 * log_p).logsumexp(-1)
-    torch.testing.assert_close(
-        output.log_sum_sq_probs[mask], collision[mask], atol=2e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(output.log_sum_sq_probs[mask], collision[mask], atol=2e-5, rtol=1e-5)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     (expected * weights).sum().backward()
     (output.log_probs * weights).sum().backward()
@@ -351,8 +349,10 @@ def test_bad_input_is_named(batch) -> None:
     model = llama().train()
     fastpost.accelerate_model(model)
     with pytest.raises(ValueError, match=r"labels must be -100 or in \[0, 101\)"):
-        model(**batch | {"labels": batch["labels"].masked_fill(batch["labels"] > 0, VOCAB)},
-              fused_lm_head=True)
+        model(
+            **batch | {"labels": batch["labels"].masked_fill(batch["labels"] > 0, VOCAB)},
+            fused_lm_head=True,
+        )
     with pytest.raises(ValueError, match="labels must have the shape"):
         model(**batch | {"labels": batch["labels"][:, :-1]}, fused_lm_head=True)
     with pytest.raises(ValueError, match="the batch is empty"):
@@ -389,3 +389,47 @@ def test_bf16_stays_close_to_fp32(batch) -> None:
     actual = half(**batch, fused_lm_head=True).log_probs
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, atol=0.15, rtol=0.05)
+
+
+def test_peft_model_and_its_disabled_adapter(batch) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        llama(),
+        LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    )
+    engine = fastpost.accelerate_model(model)
+    adapted = model(**batch, fused_lm_head=True).log_probs
+    with model.disable_adapter():
+        base = model(**batch, fused_lm_head=True).log_probs
+    torch.testing.assert_close(base, stock_logps(llama(), batch), atol=2e-5, rtol=1e-5)
+    assert not torch.allclose(adapted, base, atol=1e-2)
+    model.train()
+    model(**batch).loss.backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert trained and all("lora_" in name for name in trained)
+    assert engine.packed_forwards == 3 and not engine.fallbacks
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(batch, use_reentrant) -> None:
+    plain, checkpointed = llama().train(), llama().train()
+    fastpost.accelerate_model(plain)
+    engine = fastpost.accelerate_model(checkpointed)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.enable_input_require_grads()
+    plain(**batch).loss.backward()
+    checkpointed(**batch).loss.backward()
+    for mine, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-5)
+    assert engine.packed_forwards == 1
+
+
+def test_autocast_multiplies_in_half_precision(batch) -> None:
+    model = llama()
+    fastpost.accelerate_model(model)
+    exact = model(**batch, fused_lm_head=True).log_probs
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(**batch, fused_lm_head=True).log_probs
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, atol=0.15, rtol=0.05)

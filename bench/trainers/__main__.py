@@ -108,7 +108,8 @@ def _summarise(
 def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
     lines = [
         "",
-        f"{options.method.upper()}, batch {options.batch}, {options.answers} answers, {options.dtype}, "
+        f"{options.method.upper()}, batch {options.batch}, {options.answers} answers, "
+        f"{options.dtype}, "
         f"checkpointing {'on' if result['checkpointing'] else 'off'}",
         f"{'':10}{'s/step':>10}{'min':>8}{'max':>8}{'peak RSS':>12}",
     ]

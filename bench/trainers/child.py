@@ -49,8 +49,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config_class = getattr(library, f"{options.method.upper()}Config")
 
     class Clock(TrainerCallback):
-        seconds: list[float] = []
-        losses: list[float] = []
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.losses: list[float] = []
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.began = time.perf_counter()
@@ -64,9 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     clock = Clock()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=getattr(torch, options.dtype)
-    )
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_class(
             model,

@@ -1,4 +1,4 @@
-"""The work both trainers do: grade-school maths problems with worked answers, from reasoning-gym."""
+"""The work both trainers do: grade-school maths problems from reasoning-gym."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ updates far smaller than a bf16 weight's resolution are kept. Each stage stores 
 evaluated in memory is what a later reader loads.
 """
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,23 +31,26 @@ MAX_LENGTH = 256  # the longest row has about 140 tokens
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of training left behind.
+    """What one stage of training reports.
 
     Attributes:
-        model: the trained model, bf16, in evaluation mode and free of the engine.
         log: every set of metrics the trainer logged, in order.
         tokens: the engine's counts (padded, row, unique, scored) over the stage's training.
         seconds: wall time of the stage, loading and saving included.
     """
 
-    model: PreTrainedModel
     log: list[dict[str, float]]
     tokens: dict[str, int]
     seconds: float
 
 
-def train_sft(source: Path, target: Path, *, steps: int, seed: int) -> Stage:
-    """Supervised fine-tuning on worked solutions; loads `source`, saves `target`."""
+def train_sft(
+    source: Path, target: Path, *, steps: int, seed: int
+) -> tuple[PreTrainedModel, Stage]:
+    """Supervised fine-tuning on worked solutions; loads `source`, saves `target`.
+
+    The model returned is the one trained: bf16, in evaluation mode and free of the engine.
+    """
     started = time.monotonic()
     model, tokenizer = _load(source)
     trainer = SFTTrainer(
@@ -66,7 +70,9 @@ def train_sft(source: Path, target: Path, *, steps: int, seed: int) -> Stage:
     return _finish(trainer, target, started)
 
 
-def train_dpo(source: Path, target: Path, *, steps: int, num_held_out: int, seed: int) -> Stage:
+def train_dpo(
+    source: Path, target: Path, *, steps: int, num_held_out: int, seed: int
+) -> tuple[PreTrainedModel, Stage]:
     """Preference optimisation against solutions with a slip; loads `source`, saves `target`.
 
     The likelihood of the right solution is kept in the loss ("sft"): the
@@ -106,6 +112,9 @@ def load_plain(folder: Path) -> tuple[PreTrainedModel, Any]:
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, Any]:
+    # A trainer and its callbacks refer to each other: without this, the optimizer state of the
+    # stage before would stay until the collector happens to run.
+    gc.collect()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -128,15 +137,17 @@ def _arguments(target: Path, steps: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _finish(trainer: SFTTrainer | DPOTrainer, target: Path, started: float) -> Stage:
+def _finish(
+    trainer: SFTTrainer | DPOTrainer, target: Path, started: float
+) -> tuple[PreTrainedModel, Stage]:
     """Takes accelerate's and the engine's wrappers off the model and saves it in bf16."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.engine.remove()
+    model.zero_grad(set_to_none=True)
     model = model.to(torch.bfloat16).eval()
     model.save_pretrained(target)
     trainer.processing_class.save_pretrained(target)
-    return Stage(
-        model=model,
+    return model, Stage(
         log=[_numbers(entry) for entry in trainer.state.log_history],
         tokens=asdict(trainer.engine.stats),
         seconds=time.monotonic() - started,

@@ -50,7 +50,11 @@ class MaskReport:
 
 
 def count_mask(
-    dataset: Any, max_length: int | None, truncation_mode: str, prompt_is_masked: bool, tokenizer: Any
+    dataset: Any,
+    max_length: int | None,
+    truncation_mode: str,
+    prompt_is_masked: bool,
+    tokenizer: Any,
 ) -> MaskReport:
     """Count labels of a data set with `input_ids` and `labels`, as truncation will leave them.
 

@@ -128,7 +128,11 @@ class DPOTrainer(trl.DPOTrainer):
         largest = max(abs(reward) for reward in rewards)
         found = f"mean rewards {rewards[0]:.2e} and {rewards[1]:.2e}, loss {loss.item():.6f}"
         if largest <= _FIRST_STEP_TOLERANCE:
-            if self.loss_types == ["sigmoid"] and not self.use_weighting and not self.label_smoothing:
+            if (
+                self.loss_types == ["sigmoid"]
+                and not self.use_weighting
+                and not self.label_smoothing
+            ):
                 found += f" (log 2 = {math.log(2):.6f})"
             return f"policy equals reference: {found}"
         if self._starts_at_reference:

@@ -16,7 +16,9 @@ from tests.trainers.conftest import *  # noqa: F403  fixtures: model, tokenizer,
 from tests.trainers.conftest import tiny_model
 
 
-def test_same_object_is_refused_at_construction(model, preference_data, run_trainer, tmp_path) -> None:
+def test_same_object_is_refused_at_construction(
+    model, preference_data, run_trainer, tmp_path
+) -> None:
     args = fastpost.DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match="ref_model is the same object as model"):
         fastpost.DPOTrainer(model, model, args, train_dataset=preference_data)
@@ -100,7 +102,10 @@ def test_first_step_warns_where_they_should_agree(model, preference_data, run_tr
     from peft import LoraConfig
 
     lora = LoraConfig(
-        r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False,
+        r=4,
+        lora_dropout=0.5,
+        target_modules="all-linear",
+        init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
     with pytest.warns(FastpostWarning, match="should find policy and reference equal"):
@@ -113,5 +118,3 @@ def test_first_step_warns_where_they_should_agree(model, preference_data, run_tr
             max_steps=1,
             disable_dropout=False,
         )
-
-

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastpost_kernels import linear_logprob, reference
-from fastpost_kernels.testing import assert_close_to_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fastpost_kernels import linear_logprob, reference
+from fastpost_kernels.testing import assert_close_to_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -82,9 +83,7 @@ def check(
     )._asdict()
     seeds = {name: torch.randn(len(data["targets"])) for name in differentiated}
     loss = sum((got[name] * seed).sum() for name, seed in seeds.items())
-    grads = dict(
-        zip(wanted, torch.autograd.grad(loss, [leaves[k] for k in wanted]), strict=True)
-    )
+    grads = dict(zip(wanted, torch.autograd.grad(loss, [leaves[k] for k in wanted]), strict=True))
     truth, true_grads = reference_gradients(data, FP64, seeds, **options)
     rough, rough_grads = reference_gradients(data, dtype, seeds, **options)
     for name in values:
@@ -172,7 +171,7 @@ def test_confident_target_keeps_its_digits(backend: str) -> None:
     targets = torch.tensor([3])
     leaf = hidden.clone().requires_grad_()
     linear_logprob(leaf, weight, targets, backend=backend).logprob.sum().backward()
-    truth, grads = reference_gradients(
+    _, grads = reference_gradients(
         {"hidden": hidden, "weight": weight, "targets": targets, "bias": torch.zeros(100)},
         FP64,
         {"logprob": torch.ones(1)},
@@ -303,7 +302,7 @@ def test_autocast_chooses_the_gemm_dtype() -> None:
         ({"compute_dtype": torch.float16}, TypeError, "float16"),
         ({"memory_budget": 0}, ValueError, "memory_budget"),
     ],
-    ids=lambda value: str(list(value)[0]) if isinstance(value, dict) else None,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_wrong_arguments_are_named(
     change: dict[str, Any], error: type[Exception], message: str

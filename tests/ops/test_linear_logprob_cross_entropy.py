@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastpost_kernels import linear_cross_entropy, linear_logprob, reference
-from fastpost_kernels.linear_cross_entropy import plan
-from fastpost_kernels.testing import assert_close_to_reference
 from torch import Tensor
+
+from fastpost_kernels import _kept_buffer, linear_cross_entropy, linear_logprob, reference
+from fastpost_kernels._cross_entropy_walks import plan
+from fastpost_kernels.testing import assert_close_to_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -119,7 +120,7 @@ def test_statistics_equal_linear_logprob() -> None:
 
 
 def test_mask_sum_and_num_items() -> None:
-    """loss_mask equals targets of -100; a tensor of items equals the number; sum is mean * items."""
+    """loss_mask equals targets of -100, a tensor of items the number, sum is mean * items."""
     data = problem(12, 16, 300, FP32)
     mask = torch.arange(12) % 2 == 0
     masked = data | {"targets": data["targets"].where(mask, -100)}
@@ -141,6 +142,20 @@ def test_no_scored_row_gives_a_differentiable_zero(rows: int) -> None:
     result.loss.backward()
     for leaf in (hidden, weight, bias):
         assert leaf.grad is not None and not leaf.grad.any()
+
+
+def test_the_kept_buffer_carries_nothing_over() -> None:
+    """Smaller, larger and equal problems in turn give what each gives alone."""
+    for rows in (20, 8, 40, 40):
+        data = problem(rows, 24, 1009, FP32)
+        results = []
+        for forget in (False, True):
+            if forget:
+                _kept_buffer._KEPT.clear()
+            weight = data["weight"].detach().requires_grad_()
+            linear_cross_entropy(data["hidden"], weight, data["targets"]).loss.backward()
+            results.append(weight.grad)
+        assert torch.equal(*results)
 
 
 def test_second_backward_gives_the_same_gradient() -> None:
@@ -169,7 +184,7 @@ def test_second_backward_gives_the_same_gradient() -> None:
         ({"loss_mask": torch.ones(3)}, "bool"),
         ({"outputs": ("logsumexp",)}, "logsumexp"),
     ],
-    ids=lambda value: str(list(value)[0]) if isinstance(value, dict) else None,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastpost_kernels import _vocab_passes as passes_torch
 from fastpost_kernels import _vocab_passes_cpp as passes_cpp
 from fastpost_kernels import _vocab_passes_triton as passes_triton
@@ -25,6 +26,13 @@ GRADIENTS: dict[str, Callable[..., None]] = {"triton": passes_triton.gradient}
 for simd_name, level in SIMD.items():
     FOLDS[simd_name] = partial(passes_cpp.fold, simd_limit=level)
     GRADIENTS[simd_name] = partial(passes_cpp.gradient, simd_limit=level)
+
+
+def storing_error(backend: str, dtype: torch.dtype) -> float:
+    """Relative error of one store; Triton's interpreter truncates to bf16, hardware rounds."""
+    if dtype == FP32:
+        return 3e-6
+    return 2**-7 if backend == "triton" else 2**-8
 
 
 def logits(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -54,8 +62,11 @@ def test_fold_equals_torch_and_stays_inside(
     FOLDS[backend](kept.inner, state.inner, targets, 100, bias, transform, **flags)
     exact_tile, exact_state = tile.double(), state_of(6).double()
     passes_torch.fold(exact_tile, exact_state, targets, 100, bias.double(), transform, **flags)
-    torch.testing.assert_close(state.inner.double(), exact_state, rtol=3e-6, atol=3e-6)
-    rtol = 2**-8 if dtype == BF16 else 3e-6
+    # sums of logits of both signs cancel: an absolute error of half a unit per term
+    torch.testing.assert_close(
+        state.inner.double(), exact_state, rtol=3e-6, atol=1e-5 + 1e-7 * cols
+    )
+    rtol = storing_error(backend, dtype)
     torch.testing.assert_close(kept.inner.double(), exact_tile, rtol=rtol, atol=1e-30)
     kept.assert_untouched()
     state.assert_untouched()
@@ -77,9 +88,8 @@ def test_gradient_equals_torch_and_stays_inside(
     GRADIENTS[backend](kept.inner, guarded.inner, targets, 100, bias, transform)
     exact = tile.double()
     passes_torch.gradient(exact, coefs.double(), targets, 100, bias.double(), transform)
-    scale = exact.abs().max()
-    atol = float(scale) * (2**-9 if dtype == BF16 else 1e-6)
-    torch.testing.assert_close(kept.inner.double(), exact, rtol=2**-8, atol=atol)
+    rtol, scale = storing_error(backend, dtype), float(exact.abs().max())
+    torch.testing.assert_close(kept.inner.double(), exact, rtol=rtol, atol=1e-6 * scale)
     kept.assert_untouched()
     guarded.assert_untouched()
     assert torch.equal(guarded.inner, coefs)
@@ -112,7 +122,9 @@ def test_accumulate_rescales_rows_and_stays_inside(simd: int) -> None:
     acc.copy_(torch.randn(5, 33))
     rescale = torch.rand(5)
     expected = acc * rescale[:, None] + (a @ b).float()
-    passes_cpp.multiply_accumulate(acc, a, b, torch.empty(5, 33, dtype=BF16), rescale, simd_limit=simd)
+    passes_cpp.multiply_accumulate(
+        acc, a, b, torch.empty(5, 33, dtype=BF16), rescale, simd_limit=simd
+    )
     torch.testing.assert_close(acc, expected, rtol=1e-6, atol=1e-6)
     assert (flat[:32] == Canary.VALUE).all() and (flat[-32:] == Canary.VALUE).all()
 

@@ -62,17 +62,16 @@ def make_inputs(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("sizes", "heads", "options"),
+    ("sizes", "heads", "sinks", "options"),
     [
-        ((64, 64), (2, 2), {}),
-        ((96, 64), (3, 1), {"window": 30}),
-        ((64, 96), (4, 1), {"softcap": 3.0, "scale": 0.3}),
-        ((16, 16), (4, 2), {"window": 7, "softcap": 2.0}),
-        ((192, 128), (2, 1), {}),
+        ((64, 64), (2, 2), False, {}),
+        ((96, 64), (3, 1), True, {"window": 30}),
+        ((64, 96), (3, 1), False, {"softcap": 3.0, "scale": 0.3}),
+        ((16, 16), (4, 2), True, {"window": 7, "softcap": 2.0}),
+        ((192, 128), (1, 1), False, {}),
     ],
-    ids=["plain", "window", "softcap", "both", "wide"],
+    ids=["plain", "window-sinks", "softcap", "all", "wide"],
 )
-@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 def test_matches_the_specification(sizes, heads, options, sinks, dtype, poisoned_memory):
     inputs = make_inputs(dtype, sizes, heads, sinks)
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -86,18 +85,21 @@ def test_matches_the_specification(sizes, heads, options, sinks, dtype, poisoned
 
 def test_keys_outside_a_block_cannot_overflow():
     """Scores of −300 everywhere: a stray zero score would be exp(300) against their lse."""
-    inputs = make_inputs(torch.float32, (16, 16), (1, 1), False)
+    inputs = make_inputs(torch.bfloat16, (16, 16), (1, 1), False)
     with torch.no_grad():
-        inputs[0].copy_(torch.ones(16))
-        inputs[1].copy_(torch.full((16,), -75.0)).add_(torch.randn(1, NUM_TOKENS, 16))
+        inputs[0].fill_(1.0)
+        inputs[1].fill_(-75.0)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = run(reference.prefix_attention, exact)
+    baseline = run(reference.prefix_attention, inputs)
     actual = run(prefix_attention, inputs, backend="triton")
-    expected = run(prefix_attention, inputs, backend="torch")
-    for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for index in (0, 3):  # equal scores: the gradients of query and key vanish
+        assert_close_to_reference(actual[index], truth[index], baseline[index], torch.bfloat16)
+    assert actual[1].abs().max() < 1.0 and actual[2].abs().max() < 1.0
 
 
 def test_the_backward_gives_the_same_bits_twice():
-    inputs = make_inputs(torch.bfloat16, (64, 64), (4, 2), False)
+    inputs = make_inputs(torch.bfloat16, (16, 16), (2, 1), False)
     first, second = (run(prefix_attention, inputs, backend="triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -147,7 +149,7 @@ jobs = [(kernels.prefix_attention_fwd_kernel, "forward", {"HAS_SINKS": True}),
 jobs += [(kernels.prefix_attention_bwd_key_kernel, "grad_key",
           {"NEEDS_KEY": k, "NEEDS_VALUE": v}) for k, v in both]
 for kernel, name, flags in jobs:
-    for extras in (False, True):
+    for extras in [True] if sys.argv[3] == "largest" else [False, True]:
         block_m, block_n, num_warps, num_stages = tiles[name]
         block = triton.next_power_of_2(head_size)
         constants = {"GROUPS": 4, "HEAD_SIZE": head_size, "VALUE_SIZE": head_size,
@@ -183,20 +185,33 @@ for kernel, name, flags in jobs:
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-@pytest.mark.parametrize("head_size", [64, 128, 256])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiles_to_tensor_cores_without_spills(capability, head_size):
+def assert_compiles_well(capability: int, head_size: int, variants: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     completed = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability), str(head_size)],
+        [sys.executable, "-c", COMPILE, str(capability), str(head_size), variants],
         capture_output=True,
         text=True,
         env=environment,
     )
     assert completed.returncode == 0, completed.stderr
     kernels = [json.loads(line) for line in completed.stdout.splitlines()]
-    assert len(kernels) == (6 if head_size <= 128 else 8)
+    assert {kernel["kernel"] for kernel in kernels} == {"forward", "grad_query", "grad_key"}
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         assert kernel["tensor core"] > 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_size"), [(80, 128), (90, 64), (90, 128), (90, 256), (100, 128)]
+)
+def test_compiles_to_tensor_cores_without_spills(capability, head_size):
+    """With softcap and window, which take the most registers."""
+    assert_compiles_well(capability, head_size, "largest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_size", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_in_every_variant(capability, head_size):
+    assert_compiles_well(capability, head_size, "all")

@@ -92,7 +92,7 @@ def messages_data(preference_data) -> Dataset:
 
 @dataclass
 class Trace(TrainerCallback):
-    """What a run computed: loss and metrics per step, gradients of the first, weights at the end."""
+    """What a run computed: loss and metrics per step, first gradients, last weights."""
 
     losses: list[float] = field(default_factory=list)
     logs: list[dict[str, float]] = field(default_factory=list)
@@ -164,7 +164,11 @@ def assert_same_run():
         assert ours.weights.keys() == stock.weights.keys()
         for name, weight in stock.weights.items():
             torch.testing.assert_close(
-                ours.weights[name], weight, atol=weight_atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+                ours.weights[name],
+                weight,
+                atol=weight_atol,
+                rtol=0,
+                msg=lambda m, n=name: f"{n}: {m}",
             )
 
     return check

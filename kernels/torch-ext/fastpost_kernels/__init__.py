@@ -1,6 +1,6 @@
 """Fused post-training kernels: Triton on GPUs, C++ on CPUs, plain torch everywhere.
 
-linear_logprob          log p(target) and statistics from hidden states and the head, no [M, V] logits
+linear_logprob          log p(target) and statistics from hidden states and head, no [M, V] logits
 linear_cross_entropy    the loss of the same head, with gradients computed in the forward
 prefix_attention        packed attention over a forest of shared prefixes
 workspace_bytes         what an op allocates beyond its results, as a formula

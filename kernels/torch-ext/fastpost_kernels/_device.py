@@ -1,4 +1,4 @@
-"""What this machine offers: Triton or its interpreter, the C++ library, and which backend to take."""
+"""What this machine offers: Triton or its interpreter, the C++ library; the backend to take."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def resolve_settings(
     return backend, compute_dtype, memory_budget
 
 
-def check_outputs(outputs: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+def check_outputs(outputs: Sequence[str], allowed: tuple[str, ...]) -> None:
     """Every name asked for must be one of `allowed`."""
     unknown = [name for name in outputs if name not in allowed]
     if unknown or isinstance(outputs, str):

@@ -7,6 +7,7 @@ sees a later one, so causality is one comparison of token indices, also across s
 Scores are kept in units of log 2, as the hardware's exponential wants them.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import triton
@@ -367,6 +368,7 @@ def prefix_attention_bwd_key_kernel(
     value_ptr += key_head * stride_vh
     k = _load_rows(key_ptr, stride_kn, offs_n, mask_n, HEAD_SIZE, BLOCK_D, True)
     v = _load_rows(value_ptr, stride_vn, offs_n, mask_n, VALUE_SIZE, BLOCK_DV, True)
+    index_n = tl.where(mask_n, offs_n, _AFTER_ALL)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     num_blocks = (end_row - first_key + BLOCK_M - 1) // BLOCK_M
@@ -386,7 +388,7 @@ def prefix_attention_bwd_key_kernel(
         delta = tl.load(delta_ptr + lse_offs, mask=mask_m, other=0.0)
         # Keys down, queries across: p and dz are then left operands, straight from registers.
         p, d_scores = _grad_scores(
-            k, q, v, d_out, lse[None, :], delta[None, :], offs_m[None, :], offs_n[:, None],
+            k, q, v, d_out, lse[None, :], delta[None, :], offs_m[None, :], index_n[:, None],
             pos_m[None, :], pos_n[:, None], scale, softcap, window, HAS_SOFTCAP, HAS_WINDOW,
         )  # fmt: skip
         if NEEDS_VALUE:

@@ -28,6 +28,10 @@ from ._prefix_segments import PrefixSchedule
 __all__ = ["backward_triton", "choose_tiles", "forward_triton"]
 
 
+# Consumer GPUs: 99 KB of shared memory per block instead of 163 or 227.
+_SMALL_SHARED_MEMORY = (86, 89, 120)
+
+
 def choose_tiles(
     head_size: int, itemsize: int, capability: int
 ) -> dict[str, tuple[int, int, int, int]]:
@@ -38,6 +42,10 @@ def choose_tiles(
     """
     if itemsize > 2:  # fp32 products do not use tensor cores: for checks rather than speed
         return dict.fromkeys(("forward", "grad_query", "grad_key"), (32, 32, 4, 1))
+    if head_size > 128 and capability in _SMALL_SHARED_MEMORY:
+        return {"forward": (64, 32, 8, 2)} | dict.fromkeys(
+            ("grad_query", "grad_key"), (32, 32, 8, 1)
+        )
     if head_size > 128:
         # On sm_100 the sums move between tensor memory and registers at every key range.
         stages = 1 if capability >= 100 else 2

@@ -8,11 +8,11 @@ GEMM is one of three passes over it, written three times with the same signature
     gradient    replace a tile by d loss / d y
     multiply_accumulate   acc = acc * rescale[row] + a @ b, in the statistics' dtype
 
-Row statistics are a matrix `state` [9, M]. The target's own logit is computed apart, as a dot product
-in fp32: it is the first `ref`, fold leaves the target's column out, and its term joins the sums at
-the end. So the rounding of 16-bit logits never reaches the log-prob of the target, and
+Row statistics are a matrix `state` [9, M]. The target's own logit is computed apart, as a dot
+product in fp32: it is the first `ref`, fold leaves the target's column out, and its term joins the
+sums at the end. So the rounding of 16-bit logits never reaches the log-prob of the target, and
 1 - p(target) keeps its digits near p = 1.
-`ref` follows the running maximum only when it lags by more than 30: the exponentials are relative to
+`ref` follows the running maximum only when it lags by more than 30: exponentials are relative to
 `ref`, so nothing is lost, nothing overflows, and accumulators are almost never rescaled.
 """
 
@@ -25,9 +25,10 @@ from torch import Tensor
 
 __all__ = ["COEF_ROWS", "STATE_ROWS", "LogitTransform"]
 
-# Rows of `state`; the C++ and Triton passes use the same numbers. Sums run over the vocabulary except
-# the target, with e_v = exp(z_v - ref): SUM e, XSUM e (z - ref), SQUARES e^2, ZSUM z. TOP_*: logits of the target and
-# the maxima before and after it, as found in the tiles, so that ties compare equal to themselves.
+# Rows of `state`; the C++ and Triton passes use the same numbers. Sums run over the vocabulary
+# except the target, with e_v = exp(z_v - ref): SUM e, XSUM e (z - ref), SQUARES e^2, ZSUM z. TOP_*:
+# the target's logit and the maxima before and after it, all as the tiles hold them, so that ties
+# compare equal.
 REF, SUM, XSUM, SQUARES, ZSUM, TOP_SELF, TOP_BEFORE, TOP_AFTER, RESCALE = range(9)
 STATE_ROWS = 9
 

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# (arguments of jit functions are pointers and constexprs, which have no Python types)
 """The tile passes of `_vocab_passes.py` as Triton kernels.
 
 One program folds one row of one tile, held in registers as a whole: logits are read once. All three

@@ -53,9 +53,11 @@ class HeadSize(NamedTuple):
     def of(
         cls, hidden: Tensor, weight: Tensor, backend: str, dtype: torch.dtype, budget: int
     ) -> HeadSize:
+        vocab, width = weight.shape
         return cls(
             hidden.shape[0],
-            *weight.shape,
+            vocab,
+            width,
             hidden.dtype.itemsize,
             weight.dtype.itemsize,
             dtype.itemsize,

@@ -1,4 +1,4 @@
-"""Stateless layers for `kernels.kernelize`: they replace the forward of a module that owns `weight`.
+"""Stateless layers for `kernels.kernelize`: they replace the forward of a module with a `weight`.
 
 Only `forward` and the two flags that the Kernel Hub reads, as its requirements ask.
 """

@@ -40,6 +40,7 @@ from ._linear_arguments import (
     resolve_transform,
 )
 from ._namespace import add_op_namespace_prefix
+from ._vocab_gradients import gradient_coefs, recompute_gradients
 from ._vocab_passes import BLOCK_ELEMENTS, LogitTransform
 from ._vocab_tiles import (
     Head,
@@ -49,8 +50,6 @@ from ._vocab_tiles import (
     finish_state,
     fold_rows,
     gemm_rows,
-    gradient_coefs,
-    recompute_gradients,
     scatter_rows,
     start_state,
     statistics_dtype,
@@ -95,9 +94,7 @@ def forward(head: Head, outputs: Sequence[str], with_jacobian: bool) -> dict[str
     results["stats"] = head.stats(4, total)
     if with_jacobian:
         fill = torch.empty if rows.index is None else torch.zeros
-        results["jacobian"] = fill(
-            total, width, dtype=head.hidden.dtype, device=head.hidden.device
-        )
+        results["jacobian"] = fill(total, width, dtype=head.hidden.dtype, device=head.hidden.device)
     tiles, buffer = WeightTiles(head, cols), head.empty(chunk, cols)
     for start, end in rows.chunks(chunk):
         hidden = gemm_rows(head, rows.take(head.hidden, start, end))
@@ -345,9 +342,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _forward_flops(
-    hidden: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any
-) -> int:
+def _forward_flops(hidden: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
     # args: targets, bias, logit_scale, softcap, temperature, outputs, with_jacobian, ...
     return 2 * hidden[0] * weight[0] * weight[1] * (1 + bool(args[6]))
 

@@ -16,7 +16,7 @@ descendants against the segment, unmasked. No key is copied, no mask exists. Eac
 of an ordinary attention kernel; rows with several regions merge by log-sum-exp. The backward runs
 every region with the merged statistics, which makes each of its terms exact, and adds them in fp32.
 Rejected: one call with a dense or block mask, which reads and multiplies the hidden rectangles too
-(65 % of the scores for 8 pairs of answers to 8 prompts).
+(9 of 10 causal scores for 8 pairs of answers of 30 to 100 tokens to prompts of 90).
 
 FLOPs: 2·Hq·(D + Dv) per visible pair forward, 2·Hq·(3D + 2Dv) backward: scores are computed again.
 Memory: out, lse [Hq, N], and in the backward fp32 sums of dQ, dK, dV when prefixes are shared.

@@ -33,7 +33,7 @@ def relative_errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
 def assert_close_to_reference(
     actual: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype, name: str = "result"
 ) -> None:
-    """`actual` against `truth` (float64), allowed twice the error of `baseline` + EPSILON[dtype]."""
+    """`actual` against `truth` (float64), allowed 2 * error of `baseline` + EPSILON[dtype]."""
     assert actual.shape == truth.shape, f"{name}: shape {actual.shape}, expected {truth.shape}"
     assert torch.isfinite(actual).all(), f"{name}: not finite"
     for kind, got, allowed in zip(
@@ -43,7 +43,9 @@ def assert_close_to_reference(
         strict=True,
     ):
         limit = 2 * allowed + EPSILON[dtype]
-        assert got <= limit, f"{name}: {kind} error {got:.3g} > {limit:.3g} (baseline {allowed:.3g})"
+        assert got <= limit, (
+            f"{name}: {kind} error {got:.3g} > {limit:.3g} (baseline {allowed:.3g})"
+        )
 
 
 class Canary:

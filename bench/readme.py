@@ -1,0 +1,59 @@
+"""`python -m bench.readme`: writes the README's measured table from `bench/results/`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bench.environment import RESULTS, ROOT
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text()))
+
+
+def with_table(text: str) -> str:
+    """The README's text with its table made anew."""
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+
+
+def table() -> str:
+    """Markdown of every trainer result, with the machine and commands that made it."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("trainers_*.json"))]
+    lines = [
+        "| SmolLM2-135M, CPU | tokens a step: padded → computed → scored "
+        "| speed-up over TRL | peak memory | of TRL's |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [_row(result) for result in results]
+    machine, versions = results[0]["machine"], results[0]["versions"]
+    commands = ", ".join(f"`{result['command']}`" for result in results)
+    lines += [
+        "",
+        f"Ratios of medians, each from one run of {commands}; {machine['cores']} cores of an "
+        f"{machine['processor']}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, trl {versions['trl']}. Both sides: the same weights, data, "
+        f"batch and TRL defaults. Other machines give other ratios: run the command.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(result: dict[str, Any]) -> str:
+    tokens = result["tokens_per_step"]
+    unit = "pairs" if result["method"] == "dpo" else "rows"
+    peak = result["engines"]["ours"]["peak_rss_mib"] / 1024
+    return (
+        f"| {result['method'].upper()}, {result['batch']} {unit}, {result['answers']} answers "
+        f"| {tokens['padded_tokens']:,} → {tokens['unique_tokens']:,} → "
+        f"{tokens['scored_tokens']:,} | {result['speed_up']:.1f}× "
+        f"| {peak:.1f} GiB | {result['memory_ratio']:.2f}× |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ fastpost demo: SmolLM2-135M-Instruct learns to work sums step by step, on this m
   2. SFT, {sft_steps} steps on worked solutions, then the exam again
   3. DPO, {dpo_steps} steps on right solutions against solutions with a slip, then the exam again
   4. the saved model is reloaded in plain transformers and must give the same answers
-Everything is written to {output_dir}. On two idle cores this takes about six minutes.
+Everything is written to {output_dir}. Progress and time left are shown as it runs.
 """
 
 

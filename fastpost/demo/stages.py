@@ -75,8 +75,8 @@ def train_dpo(
 ) -> tuple[PreTrainedModel, Stage]:
     """Preference optimisation against solutions with a slip; loads `source`, saves `target`.
 
-    The likelihood of the right solution is kept in the loss ("sft"): the
-    preference alone is content when both fall, as long as the wrong one falls further.
+    The likelihood of the right solution stays in the loss ("sft"): the preference alone is content
+    when both fall, as long as the wrong one falls further.
     """
     started = time.monotonic()
     model, tokenizer = _load(source)
@@ -86,7 +86,7 @@ def train_dpo(
             **_arguments(target, steps, seed),
             per_device_train_batch_size=DPO_BATCH_PAIRS,
             per_device_eval_batch_size=DPO_BATCH_PAIRS,
-            learning_rate=5e-5,
+            learning_rate=2e-5,
             max_length=MAX_LENGTH,
             beta=0.1,
             loss_type=["sigmoid", "sft"],
@@ -144,7 +144,11 @@ def _finish(
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.engine.remove()
     model.zero_grad(set_to_none=True)
-    model = model.to(torch.bfloat16).eval()
+    # Parameters only: `model.to` would round the rotary frequencies too, a buffer that every
+    # loaded model has in fp32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.eval()
     model.save_pretrained(target)
     trainer.processing_class.save_pretrained(target)
     return model, Stage(

@@ -7,8 +7,9 @@ Training and held-out problems are told apart by the problem itself: a checksum 
 puts a fixed quarter of all problems on the held-out side. No choice of seeds or sizes can make the
 two overlap. (Seeds alone would not do: reasoning-gym seeds item i with seed + i.)
 
-A rejected answer is the right solution with one slip, carried through to the end. That is the error
-the trained model itself makes, and both answers agree up to the slip.
+A rejected answer is the right solution with a slip in its last step: the error the trained model
+itself makes. A slip further up would be followed by steps that are true of the wrong number, and
+training against those would teach false arithmetic.
 """
 
 import random
@@ -90,7 +91,7 @@ def is_held_out(entry: dict[str, Any]) -> bool:
 
 def solution(entry: dict[str, Any]) -> str:
     """The worked solution: one step per line, then the answer."""
-    return _work(entry, slip_step=None, slip=0)
+    return _work(entry, slip=0)
 
 
 def score(reply: str, entry: dict[str, Any]) -> float:
@@ -169,18 +170,17 @@ def _reply(text: str) -> list[Message]:
 
 
 def _solution_with_slip(entry: dict[str, Any], rng: random.Random) -> str:
-    num_steps = len(entry["metadata"]["expression"].split()) // 2
-    return _work(entry, slip_step=rng.randrange(num_steps), slip=rng.choice(SLIPS))
+    return _work(entry, slip=rng.choice(SLIPS))
 
 
-def _work(entry: dict[str, Any], slip_step: int | None, slip: int) -> str:
-    """Left-to-right steps; `slip` is added to the result of step `slip_step` and carried on."""
+def _work(entry: dict[str, Any], slip: int) -> str:
+    """Left-to-right steps, then the answer; `slip` is added to the result of the last step."""
     first, *rest = entry["metadata"]["expression"].split()
     value = int(first)
     lines = []
-    for step, (sign, term) in enumerate(zip(rest[::2], rest[1::2], strict=True)):
+    for position, (sign, term) in enumerate(zip(rest[::2], rest[1::2], strict=True)):
         result = value + int(term) if sign == "+" else value - int(term)
-        if step == slip_step:
+        if 2 * (position + 1) == len(rest):
             result += slip
         lines.append(f"{value} {sign} {term} = {result}")
         value = result

@@ -23,7 +23,8 @@ def test_a_tiny_demo_writes_everything_it_promises(tmp_path, capsys):
     for stage in ("sft", "dpo"):
         log, tokens = metrics["stages"][stage]["log"], metrics["stages"][stage]["tokens"]
         assert sum("loss" in entry for entry in log) == 2
-        assert tokens["scored_tokens"] < tokens["unique_tokens"] < tokens["padded_tokens"]
+        assert 0 < tokens["unique_tokens"] < tokens["row_tokens"] < tokens["padded_tokens"]
+        assert 0 < tokens["scored_tokens"] < tokens["row_tokens"]
     assert any("eval_rewards/margins" in entry for entry in metrics["stages"]["dpo"]["log"])
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpost_kernels import _kept_buffer, linear_cross_entropy, linear_logprob, reference
+from fastpost_kernels import linear_cross_entropy, linear_logprob, reference
 from fastpost_kernels._cross_entropy_walks import plan
+from fastpost_kernels._kept_buffer import release_kept_buffers
 from fastpost_kernels.testing import assert_close_to_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -151,7 +152,7 @@ def test_the_kept_buffer_carries_nothing_over() -> None:
         results = []
         for forget in (False, True):
             if forget:
-                _kept_buffer._KEPT.clear()
+                release_kept_buffers()
             weight = data["weight"].detach().requires_grad_()
             linear_cross_entropy(data["hidden"], weight, data["targets"]).loss.backward()
             results.append(weight.grad)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._csrc import advise_huge_pages
 
-__all__ = ["kept_buffer"]
+__all__ = ["kept_buffer", "release_kept_buffers"]
 
 _KEPT: dict[torch.dtype, Tensor] = {}
 
@@ -34,3 +34,8 @@ def kept_buffer(elements: int, dtype: torch.dtype, device: torch.device) -> Iter
         yield buffer
     finally:
         _KEPT[dtype] = buffer
+
+
+def release_kept_buffers() -> None:
+    """Give the kept memory back; the next call allocates again."""
+    _KEPT.clear()

@@ -2,7 +2,7 @@
 
 A Hub loader imports a private copy of this package beside an installed one. Two copies registering
 the same op name in one process crash it, so the namespace is the import name of *this* copy:
-`fastpost_kernels` when installed, the loader's unique id when it comes from the Hub. The Hub builder
+`fastpost_kernels` when installed, the loader's unique id when it comes from the Hub. Its builder
 would generate an `_ops.py` with the same function; a plain install has no builder, hence this file.
 """
 

@@ -1,6 +1,6 @@
 """From row statistics to gradients: coefficients, and the vocabulary-outer walk.
 
-Every gradient of a logit here has the form slope_v (p_v (a + b z_v) + c), plus a term at the target;
+Every gradient of a logit has the form slope_v (p_v (a + b z_v) + c), with a term at the target;
 `gradient_coefs` turns the gradients of log-prob, entropy and logsumexp into a, b, c per row.
 Legend: M rows, m scored rows or a chunk of them, H hidden, V vocabulary, n columns of a tile.
 """

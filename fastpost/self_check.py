@@ -2,7 +2,12 @@
 
 Packing goes wrong without a trace when a layer mixes tokens in a way attention metadata does not
 govern (a recurrent state, a convolution, a bidirectional block): the loss curve looks normal and
-the model learns from other rows' tokens. Two short sequences tell.
+the model learns from other rows' tokens. Two short sequences tell: what is packed beside a row must
+not change it, and a row must come out as it does alone.
+
+The first question has a sharp answer in any precision. The second has not: thirty layers of bf16
+rounding alone make two correct computations differ by several percent, so its tolerance is wide in
+half precision and only catches gross errors (wrong positions, a wrong mask).
 """
 
 from __future__ import annotations
@@ -16,10 +21,11 @@ from transformers import PreTrainedModel
 
 from fastpost.head import Head
 
-# Relative difference of hidden states at which packing is refused. Rows that leak into each other
-# differ by 0.1 to 1; rounding in half precision stays near 0.01.
+# Relative difference of a row's hidden states when another row changes.
+_LEAK_TOLERANCE = 1e-2
+# Relative difference between a row packed and alone.
 _HIDDEN_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_HIDDEN_TOLERANCE_HALF = 0.08
+_HIDDEN_TOLERANCE_HALF = 0.3
 # Largest difference of a log-prob. Half-precision logits near 30 are rounded by 0.06.
 _LOGPROB_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
 _LOGPROB_TOLERANCE_HALF = 0.3
@@ -57,26 +63,37 @@ def compare_packed(
     model: PreTrainedModel,
     run_backbone: Callable[[PreTrainedModel, dict[str, Any], Tensor], tuple[Tensor, Tensor, Any]],
 ) -> tuple[str | None, str]:
-    """Compare two packed sequences with the same two run separately.
+    """Compare two packed sequences with the same two run separately, and with other neighbours.
 
     Returns:
-        Why packing must be refused (None if it need not), and the difference in words.
+        Why packing must be refused (None if it need not), and the differences in words.
     """
+
+    def pack_and_run(ids: Tensor) -> Tensor:
+        hidden, index, _ = run_backbone(model, {"input_ids": ids}, torch.ones_like(ids).bool())
+        return hidden[index].reshape(*ids.shape, -1).double()
+
     ids = _sequences(model)
-    hidden, index, _ = run_backbone(model, {"input_ids": ids}, torch.ones_like(ids).bool())
-    packed = hidden[index].double()
-    separate = torch.cat(
-        [model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids]
-    ).double()
-    error = float((packed - separate).norm() / separate.norm())
-    difference = f"packed against separate hidden states {error:.1e}"
-    if error <= _HIDDEN_TOLERANCE.get(model.dtype, _HIDDEN_TOLERANCE_HALF):
-        return None, difference
-    return (
-        f"two packed sequences differ from the same two run separately ({difference}); a layer "
-        f"of {type(model).__name__} mixes tokens across sequences",
-        difference,
-    )
+    packed = pack_and_run(ids)
+    leak = 0.0
+    for row in (0, 1):
+        # The first token behind the shared ones stays, and with it the rows' order in the pack.
+        other = ids.clone()
+        other[row, 13:] = other[row, :3]
+        leak = max(leak, _distance(pack_and_run(other)[1 - row], packed[1 - row]))
+    alone = [model.base_model(input_ids=row[None], use_cache=False) for row in ids]
+    separate = torch.stack([output.last_hidden_state[0] for output in alone]).double()
+    error = _distance(packed, separate)
+    found = f"packed rows {error:.1e} from separate ones, {leak:.1e} from other neighbours"
+    if leak <= _LEAK_TOLERANCE and error <= _HIDDEN_TOLERANCE.get(
+        model.dtype, _HIDDEN_TOLERANCE_HALF
+    ):
+        return None, found
+    return f"a layer of {type(model).__name__} mixes tokens across sequences ({found})", found
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
 
 
 __all__ = ["compare_head", "compare_packed"]

@@ -27,6 +27,8 @@ def test_fastpost_kernels() -> None:
         "linear_logprob",
         "prefix_attention",
         "reference",
+        "rms_norm",
+        "swiglu",
         "workspace_bytes",
     ]
 

@@ -29,6 +29,23 @@ _SIGNATURES = {
         [_INT, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER]
         + [_FLOAT, _FLOAT, _FLOAT, _POINTER, _LONG, _INT, _INT, _INT, _INT]
     ),
+    "fastpost_prefix_attention": (
+        [_INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _FLOAT, _INT, _INT]
+    ),
+    "fastpost_rms_norm_forward": (
+        [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _FLOAT, _POINTER, _POINTER, _INT, _INT]
+    ),
+    "fastpost_rms_norm_backward": (
+        [_INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER]
+        + [_POINTER, _POINTER, _POINTER, _INT, _INT]
+    ),
+    "fastpost_swiglu_forward": (
+        [_INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _INT]
+    ),
+    "fastpost_swiglu_backward": (
+        [_INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG]
+        + [_POINTER, _POINTER, _INT, _INT]
+    ),
     "fastpost_advise_huge_pages": [_POINTER, _LONG],
     "fastpost_accumulate": [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT, _INT],
 }

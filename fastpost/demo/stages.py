@@ -16,13 +16,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fastpost.demo.tasks import preference_rows, sft_rows
+from fastpost.demo.tasks import Message, sft_rows
 from fastpost.progress import use_progress
 from fastpost.trainers.dpo import DPOConfig, DPOTrainer
 from fastpost.trainers.sft import SFTConfig, SFTTrainer
 
-# Each stage draws its problems with a seed of its own, derived from the demo's.
-SFT_SEED, DPO_SEED, HELD_OUT_PAIR_SEED = 1, 2, 3
+SFT_SEED = 1  # added to the demo's seed, so that every stage draws problems of its own
 
 SFT_BATCH_ROWS = 16
 DPO_BATCH_PAIRS = 16
@@ -71,12 +70,19 @@ def train_sft(
 
 
 def train_dpo(
-    source: Path, target: Path, *, steps: int, num_held_out: int, seed: int
+    source: Path,
+    target: Path,
+    pairs: list[dict[str, list[Message]]],
+    held_out_pairs: list[dict[str, list[Message]]],
+    *,
+    steps: int,
+    seed: int,
 ) -> tuple[PreTrainedModel, Stage]:
-    """Preference optimisation against solutions with a slip; loads `source`, saves `target`.
+    """Preference optimisation on `pairs`; loads `source`, saves `target`.
 
     The likelihood of the right solution stays in the loss ("sft"): the preference alone is content
-    when both fall, as long as the wrong one falls further.
+    when both fall, as long as the wrong one falls further. Small steps: at 2e-5 the pairs are
+    ranked better still, but the share of right greedy answers falls by several points.
     """
     started = time.monotonic()
     model, tokenizer = _load(source)
@@ -86,18 +92,16 @@ def train_dpo(
             **_arguments(target, steps, seed),
             per_device_train_batch_size=DPO_BATCH_PAIRS,
             per_device_eval_batch_size=DPO_BATCH_PAIRS,
-            learning_rate=2e-5,
+            learning_rate=6e-6,
             max_length=MAX_LENGTH,
             beta=0.1,
             loss_type=["sigmoid", "sft"],
-            loss_weights=[1.0, 2.0],
+            loss_weights=[1.0, 1.0],
             eval_strategy="steps",
             eval_steps=max(1, steps // 3),
         ),
-        train_dataset=Dataset.from_list(preference_rows(steps * DPO_BATCH_PAIRS, seed + DPO_SEED)),
-        eval_dataset=Dataset.from_list(
-            preference_rows(num_held_out, seed + HELD_OUT_PAIR_SEED, held_out=True)
-        ),
+        train_dataset=Dataset.from_list(pairs),
+        eval_dataset=Dataset.from_list(held_out_pairs),
         processing_class=tokenizer,
     )
     use_progress(trainer, "dpo")

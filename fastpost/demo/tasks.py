@@ -7,12 +7,10 @@ Training and held-out problems are told apart by the problem itself: a checksum 
 puts a fixed quarter of all problems on the held-out side. No choice of seeds or sizes can make the
 two overlap. (Seeds alone would not do: reasoning-gym seeds item i with seed + i.)
 
-A rejected answer is the right solution with a slip in its last step: the error the trained model
-itself makes. A slip further up would be followed by steps that are true of the wrong number, and
-training against those would teach false arithmetic.
+A rejected answer is a wrong one that the model itself gave, the chosen one the worked solution:
+pairs differ where this model goes wrong, and share the steps that it gets right.
 """
 
-import random
 import re
 import zlib
 from typing import Any, NamedTuple
@@ -26,7 +24,6 @@ SYSTEM_PROMPT = (
     "and end with a line 'Answer: ' and the number."
 )
 HELD_OUT_SHARE = 4  # one problem in four
-SLIPS = (-10, -2, -1, 1, 2, 10)
 # Items a seed may draw from before it would meet the next seed's.
 ITEMS_PER_SEED = 1_000_000
 
@@ -52,16 +49,18 @@ def sft_rows(n: int, seed: int, *, held_out: bool = False) -> list[dict[str, lis
     ]
 
 
-def preference_rows(n: int, seed: int, *, held_out: bool = False) -> list[dict[str, list[Message]]]:
-    """`n` pairs {"prompt", "chosen", "rejected"}: the right solution against one with a slip."""
-    rng = random.Random(seed)
+def preference_rows(
+    entries: list[dict[str, Any]], replies: list[str]
+) -> list[dict[str, list[Message]]]:
+    """{"prompt", "chosen", "rejected"} for every problem that a model's reply got wrong."""
     return [
         {
             "prompt": _prompt(entry),
             "chosen": _reply(solution(entry)),
-            "rejected": _reply(_solution_with_slip(entry, rng)),
+            "rejected": _reply(reply),
         }
-        for entry in problems(n, seed, held_out=held_out)
+        for entry, reply in zip(entries, replies, strict=True)
+        if reply.strip() and score(reply, entry) < 1.0
     ]
 
 
@@ -90,8 +89,15 @@ def is_held_out(entry: dict[str, Any]) -> bool:
 
 
 def solution(entry: dict[str, Any]) -> str:
-    """The worked solution: one step per line, then the answer."""
-    return _work(entry, slip=0)
+    """The worked solution: left-to-right steps, one per line, then the answer."""
+    first, *rest = entry["metadata"]["expression"].split()
+    value = int(first)
+    lines = []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        result = value + int(term) if sign == "+" else value - int(term)
+        lines.append(f"{value} {sign} {term} = {result}")
+        value = result
+    return "\n".join([*lines, f"Answer: {value}"])
 
 
 def score(reply: str, entry: dict[str, Any]) -> float:
@@ -103,17 +109,26 @@ def score(reply: str, entry: dict[str, Any]) -> float:
     return _dataset(0).score_answer(numbers[-1] if numbers else None, entry)
 
 
-@torch.no_grad()
 def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int
+) -> Evaluation:
+    """Greedy answers to `n` held-out problems, scored."""
+    entries = problems(n, seed, held_out=True)
+    replies = answer(model, tokenizer, entries)
+    marks = [score(reply, entry) for reply, entry in zip(replies, entries, strict=True)]
+    return Evaluation(sum(mark == 1.0 for mark in marks) / n, replies)
+
+
+@torch.no_grad()
+def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    n: int,
-    seed: int,
+    entries: list[dict[str, Any]],
     *,
     batch_size: int = 64,
     max_new_tokens: int = 64,
-) -> Evaluation:
-    """Greedy answers to `n` held-out problems, scored.
+) -> list[str]:
+    """Greedy replies to the problems, in their order.
 
     Args:
         batch_size: problems answered together, padded on the left.
@@ -121,11 +136,10 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    entries = problems(n, seed, held_out=True)
     # Problems of one length together: less padding and no short reply waits for a long one.
-    order = sorted(range(n), key=lambda i: len(entries[i]["question"]))
-    replies = [""] * n
-    for start in range(0, n, batch_size):
+    order = sorted(range(len(entries)), key=lambda i: len(entries[i]["question"]))
+    replies = [""] * len(entries)
+    for start in range(0, len(entries), batch_size):
         batch = order[start : start + batch_size]
         inputs = tokenizer.apply_chat_template(
             [_prompt(entries[i]) for i in batch],
@@ -142,8 +156,7 @@ def evaluate(
         for i, text in zip(batch, texts, strict=True):
             replies[i] = text
     model.train(was_training)
-    marks = [score(reply, entry) for reply, entry in zip(replies, entries, strict=True)]
-    return Evaluation(sum(mark == 1.0 for mark in marks) / n, replies)
+    return replies
 
 
 def _dataset(seed: int) -> Any:
@@ -169,26 +182,9 @@ def _reply(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def _solution_with_slip(entry: dict[str, Any], rng: random.Random) -> str:
-    return _work(entry, slip=rng.choice(SLIPS))
-
-
-def _work(entry: dict[str, Any], slip: int) -> str:
-    """Left-to-right steps, then the answer; `slip` is added to the result of the last step."""
-    first, *rest = entry["metadata"]["expression"].split()
-    value = int(first)
-    lines = []
-    for position, (sign, term) in enumerate(zip(rest[::2], rest[1::2], strict=True)):
-        result = value + int(term) if sign == "+" else value - int(term)
-        if 2 * (position + 1) == len(rest):
-            result += slip
-        lines.append(f"{value} {sign} {term} = {result}")
-        value = result
-    return "\n".join([*lines, f"Answer: {value}"])
-
-
 __all__ = [
     "Evaluation",
+    "answer",
     "evaluate",
     "is_held_out",
     "preference_rows",

@@ -12,9 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_tiny_demo_writes_everything_it_promises(tmp_path, capsys):
-    returned = run_demo(
-        tmp_path, sft_steps=2, dpo_steps=2, num_problems=8, num_held_out_pairs=4, seed=3
-    )
+    returned = run_demo(tmp_path, sft_steps=2, dpo_steps=2, num_problems=8, num_drawn=12, seed=3)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics == json.loads(json.dumps(returned))
     assert list(metrics["accuracy"]) == ["before", "sft", "dpo"]

@@ -23,7 +23,8 @@ def test_sft_rows_are_conversations_that_end_in_an_answer():
 
 
 def test_all_rows_begin_with_the_same_system_prompt():
-    rows = tasks.sft_rows(20, seed=1) + tasks.preference_rows(20, seed=2)
+    entries = tasks.problems(20, seed=2, held_out=False)
+    rows = tasks.sft_rows(20, seed=1) + tasks.preference_rows(entries, ["12345"] * 20)
     assert len({row["prompt"][0]["content"] for row in rows}) == 1
 
 
@@ -40,17 +41,15 @@ def test_every_step_of_a_solution_is_true():
             assert eval(left) == int(right)
 
 
-def test_a_rejected_answer_scores_less_and_has_one_false_step():
-    entries = tasks.problems(200, seed=5, held_out=False)
-    rows = tasks.preference_rows(200, seed=5)
-    for entry, row in zip(entries, rows, strict=True):
-        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
-        assert question(row) == entry["question"]
-        assert tasks.score(chosen, entry) == 1.0
-        assert tasks.score(rejected, entry) < 1.0
-        steps = [line.split(" = ") for line in rejected.splitlines()[:-1]]
-        assert sum(eval(left) != int(right) for left, right in steps) == 1
-        assert len(rejected.splitlines()) == len(chosen.splitlines())
+def test_only_wrong_replies_become_pairs():
+    entries = tasks.problems(4, seed=5, held_out=False)
+    replies = [tasks.solution(entries[0]), "12 + 5 = 99999\nAnswer: 99999", "  ", "no idea"]
+    rows = tasks.preference_rows(entries, replies)
+    assert [question(row) for row in rows] == [entries[1]["question"], entries[3]["question"]]
+    for entry, reply, row in zip(entries[1::2], replies[1::2], rows, strict=True):
+        assert row["rejected"][0]["content"] == reply
+        assert tasks.score(row["chosen"][0]["content"], entry) == 1.0
+        assert tasks.score(reply, entry) < 1.0
 
 
 @pytest.mark.parametrize("reply", ["", "I cannot say.", "Answer: "])
@@ -70,20 +69,14 @@ def test_held_out_problems_are_never_trained_on(seed):
     held_out = {entry["question"] for entry in tasks.problems(500, seed=seed, held_out=True)}
     # The same seed on purpose: it is the side that keeps them apart.
     trained = {question(row) for row in tasks.sft_rows(2000, seed=seed)}
-    trained |= {question(row) for row in tasks.preference_rows(1000, seed=seed + 1)}
+    trained |= {entry["question"] for entry in tasks.problems(500, seed=seed + 2, held_out=False)}
     assert len(held_out) == 500
     assert not held_out & trained
 
 
-def test_held_out_pairs_are_of_held_out_problems():
-    trained = {question(row) for row in tasks.preference_rows(1000, seed=1)}
-    held_out = {question(row) for row in tasks.preference_rows(300, seed=1, held_out=True)}
-    assert not held_out & trained
-
-
 def test_the_same_seed_gives_the_same_rows():
-    assert tasks.preference_rows(20, seed=9) == tasks.preference_rows(20, seed=9)
-    assert tasks.preference_rows(20, seed=9) != tasks.preference_rows(20, seed=10)
+    assert tasks.sft_rows(20, seed=9) == tasks.sft_rows(20, seed=9)
+    assert tasks.sft_rows(20, seed=9) != tasks.sft_rows(20, seed=10)
 
 
 @pytest.mark.parametrize("n", [0, 100_001])

@@ -170,7 +170,7 @@ def test_without_the_library_the_torch_backend_serves(
 ) -> None:
     """A Hub copy ships no compiled code: one warning, and "auto" is torch."""
     assert open_library(tmp_path) is None
-    assert library() is not None, "build it: python setup.py build_ext --inplace"
+    assert library() is not None, "build it: pip install -e ."
     from fastpost_kernels import _csrc
 
     monkeypatch.setattr(_csrc, "library", lambda: None)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,3 +137,9 @@ def test_no_forbidden_words() -> None:
 def test_forbidden_words_are_found(parts: tuple[str, str]) -> None:
     assert FORBIDDEN.search("".join(parts))
     assert not FORBIDDEN.search("https://host/network/a mastodon")
+
+
+def test_every_cpp_file_is_compiled() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (extension,) = settings["tool"]["setuptools"]["ext-modules"]
+    assert extension["sources"] == sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*.cpp"))

@@ -7,6 +7,7 @@ of 1e10). The correction below widens them to fp32 first, which is what tensor c
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["TRITON_INTERPRET"] = (
     "1"  # read when kernels are decorated, so before any import of ours
@@ -55,6 +56,15 @@ interpreter.InterpreterBuilder.create_dot = _create_dot_with_bf16
 def seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_engine_outlives_its_test() -> Iterator[None]:
+    """Attention functions of transformers are wrapped as long as any engine is installed."""
+    yield
+    scoring = sys.modules.get("fastpost.scoring")
+    for engine in list(scoring._ENGINES.values()) if scoring else []:
+        engine.remove()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpost_kernels import linear_logprob, reference
+from fastpost_kernels import linear_cross_entropy, linear_logprob, reference
 from fastpost_kernels.testing import assert_close_to_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -328,3 +328,19 @@ def test_the_yardstick_catches_a_perturbed_result() -> None:
     spoiled[4] += 4 * (spread + 1e-6 * truth["logprob"].abs().max())
     with pytest.raises(AssertionError, match="error"):
         assert_close_to_reference(spoiled, truth["logprob"], rough["logprob"], FP32)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("vocab", [259, 260, 1000, 4099])
+def test_nothing_behind_a_partial_tile_is_multiplied_in(backend, vocab, poisoned_memory) -> None:
+    """16-bit CPU GEMMs read whole blocks of 32 columns: NaN left in a tile's padding came out."""
+    hidden = torch.randn(70, 64).bfloat16().requires_grad_()
+    weight = torch.randn(vocab, 64).bfloat16().requires_grad_()
+    targets = torch.randint(0, vocab, (70,))
+    for frozen in (False, True):
+        head = weight.detach() if frozen else weight
+        logprob = linear_logprob(hidden, head, targets, backend=backend).logprob
+        loss = linear_cross_entropy(hidden, head, targets, backend=backend).loss
+        (logprob.sum() + loss).backward()
+        assert torch.isfinite(hidden.grad).all()
+    assert torch.isfinite(weight.grad).all()

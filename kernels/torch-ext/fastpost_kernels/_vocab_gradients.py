@@ -12,7 +12,14 @@ from torch import Tensor
 
 from ._csrc import advise_huge_pages
 from ._vocab_passes import COEF_ROWS, CONST, LINEAR, LSE, TARGET, UNIFORM, LogitTransform
-from ._vocab_tiles import Head, ScoredRows, WeightTiles, gemm_rows, tile_shape
+from ._vocab_tiles import (
+    Head,
+    ScoredRows,
+    WeightTiles,
+    gemm_rows,
+    leading_columns,
+    tile_shape,
+)
 
 __all__ = ["TileGradients", "gradient_coefs", "recompute_gradients"]
 
@@ -122,7 +129,7 @@ def recompute_gradients(
             if one_hidden is None or not grads.one_chunk:
                 one_hidden = gemm_rows(head, rows.take(head.hidden, start, end))
             targets = rows.take(head.targets, start, end).contiguous()
-            tile = buffer[: end - start, : last - first]
+            tile = leading_columns(buffer[: end - start], last - first)
             torch.mm(one_hidden, weight.t(), out=tile)
             head.passes.gradient(tile, coefs[:, start:end], targets, first, bias, head.transform)
             grads.add(tile, weight, one_hidden, start, first)

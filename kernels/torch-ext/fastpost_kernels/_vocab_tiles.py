@@ -251,7 +251,7 @@ def fold_rows(
         if resident:
             tile = resident_tile(buffer, rows, first, last)
         else:
-            tile = buffer[:rows, : last - first]
+            tile = leading_columns(buffer[:rows], last - first)
         torch.mm(hidden, weight.t(), out=tile)
         head.passes.fold(
             tile,
@@ -277,7 +277,17 @@ def resident_tile(buffer: Tensor, rows: int, first: int, last: int) -> Tensor:
     """The tile of columns [first, last): its rows are adjacent, as in the reused tile."""
     cols = -(-(last - first) // ALIGN) * ALIGN
     tile = buffer[rows * first : rows * (first + cols)].view(rows, cols)
-    return tile[:, : last - first]
+    return leading_columns(tile, last - first)
+
+
+def leading_columns(padded: Tensor, cols: int) -> Tensor:
+    """`padded[:, :cols]` with zeros in the columns behind.
+
+    PyTorch's 16-bit CPU GEMMs read the last columns of a row in whole blocks of 32 and multiply the
+    excess by zero: a NaN left in the padding would come out as one.
+    """
+    padded[:, cols:].zero_()
+    return padded[:, :cols]
 
 
 def combine_target(

@@ -64,11 +64,15 @@ def test_sft_assistant_only(model, messages_data, run_trainer, assert_same_run) 
 # to whole steps of either sign. Plain SGD keeps the comparison about gradients.
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+DORA = LoraConfig(
+    r=4, lora_alpha=8, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM"
+)
 DPO_CASES = {
     "sigmoid": ({}, {}),
     "precomputed-reference": ({"precompute_ref_log_probs": True}, {}),
     "checkpointing": ({"gradient_checkpointing": True}, {}),
     "lora": (SGD, {"peft_config": LORA}),
+    "dora": (SGD, {"peft_config": DORA}),
     "lora-checkpointing": (SGD | {"gradient_checkpointing": True}, {"peft_config": LORA}),
     "accumulation": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, {}),
     "label-smoothing": ({"label_smoothing": 0.1}, {}),

@@ -197,9 +197,10 @@ def prefix_attention(
         window: a token attends to the last `window` tokens of its path, itself included.
         softcap: scores become softcap·tanh(score / softcap).
         sinks: [Hq] logits added to each row's softmax denominator.
-        backend: "cpu" (PyTorch's blockwise kernel per region), "triton", "torch" (explicit scores
-            in row chunks, any device and dtype), or "auto": "cpu" for CPU tensors, "triton" on
-            GPUs for heads of at most 256, else "torch".
+        backend: "cpu" (PyTorch's blockwise kernel per region, or one C++ call where paths are
+            short and shared), "triton", "torch" (explicit scores in row chunks, any device and
+            dtype), or "auto": "cpu" for CPU tensors, "triton" on GPUs for heads of at most 256,
+            else "torch".
 
     Returns:
         [Hq, N, Dv] in the dtype of query, laid out with tokens outermost: `out.transpose(0, 1)` is

@@ -185,7 +185,8 @@ def _groups(
     command: Command, config_class: type[TrainingArguments], show_all: bool
 ) -> dict[str, list[dataclasses.Field[Any]]]:
     training = {f.name: f for f in _fields(config_class)}
-    inherited = {f.name for base in config_class.__bases__ for f in _fields(base)}
+    peers = [c for c in config_class.__mro__ if not c.__module__.startswith("fastpost.")]
+    inherited = {f.name for c in peers if dataclasses.is_dataclass(c) for f in _fields(c)}
     added = [f for name, f in training.items() if name not in inherited]
     groups = {"the run": _fields(command.run_fields), "fastpost": added}
     if show_all:

@@ -11,16 +11,16 @@ their prompt, padding is never computed, and only answer tokens reach the head. 
      "rejected": [{"role": "assistant", "content": "5"}]}
 
 The reference is a frozen copy of the policy, the policy with its adapter off, or log-probs computed
-beforehand. Refused: a reference that is the policy or shares its weights, and DeepSpeed (see
-`seam`). Checked: the first step, where reference and policy agree, must give log 2; the reference's
-weights must be the same at the end as at the beginning.
+beforehand. Refused: a reference that is the policy or shares its weights, and DeepSpeed. Checked:
+the first step, where reference and policy agree, must give log 2; the reference's weights must be
+the same at the end as at the beginning.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from warnings import warn
 
@@ -31,36 +31,23 @@ from trl.trainer import dpo_trainer as trl_dpo
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.reference import ReferenceUnchanged, refuse_shared_reference
 from fastpost.scoring import FastpostWarning
-from fastpost.trainers.seam import as_config, engine_at_seam, logger, refuse_unsupported
+from fastpost.trainers.engine_config import EngineConfig, as_config, refuse_unsupported
+from fastpost.trainers.engine_trainer import EngineTrainer, logger
+from fastpost.trainers.seam import engine_at_seam
 
 # Rewards of the first step above which reference and policy do not agree.
 _FIRST_STEP_TOLERANCE = 1e-3
 
 
 @dataclass
-class DPOConfig(trl.DPOConfig):
-    """`trl.DPOConfig` and two fields of the engine. `padding_free` is always so here.
-
-    Attributes:
-        prefix_sharing: compute equal beginnings of rows once.
-        memory_budget_gb: workspace of the language-model head in GiB, None for the default.
-    """
-
-    prefix_sharing: bool = field(
-        default=True, metadata={"help": "Compute equal beginnings of rows once."}
-    )
-    memory_budget_gb: float | None = field(
-        default=None,
-        metadata={"help": "Workspace of the language-model head in GiB. None: kernel default."},
-    )
+class DPOConfig(EngineConfig, trl.DPOConfig):
+    """`trl.DPOConfig` and the fields of the engine. `padding_free` is always so here."""
 
 
-class DPOTrainer(trl.DPOTrainer):
+class DPOTrainer(EngineTrainer, trl.DPOTrainer):
     """`trl.DPOTrainer` on the packed, prefix-shared, logit-free forward.
 
     Attributes:
-        engine: the `fastpost.scoring.Engine` of the policy.
-        ref_engine: the engine of the reference model, None where there is no second model.
         first_step: what the first step said about policy and reference, None before it.
 
     Raises:
@@ -88,11 +75,9 @@ class DPOTrainer(trl.DPOTrainer):
         self.first_step: str | None = None
         with engine_at_seam(trl_dpo, args) as engines:
             super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
-        self.engine = engines[0]
-        self.ref_engine = engines[1] if len(engines) > 1 else None
+        self._take_engines(engines)
         self._starts_at_reference = ref_model is None
         self.add_callback(ReferenceUnchanged(self._reference_tensors))
-        logger.info(self.engine.report())
 
     def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Weights that make up the reference: its own, or the policy's frozen ones."""

@@ -8,18 +8,12 @@ runs puts our forward at exactly that point, and rewrites nothing else.
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from transformers import TrainingArguments
-
 from fastpost.scoring import Engine, accelerate_model
-
-logger = logging.getLogger("fastpost")
 
 
 @contextmanager
@@ -59,35 +53,4 @@ def engine_at_seam(trl_module: ModuleType, args: Any) -> Iterator[list[Engine]]:
         trl_module.add_fused_lm_head = stock  # type: ignore[attr-defined]
 
 
-def as_config(args: Any, config_class: type[Any]) -> Any:
-    """`args` as our config. TRL's own and plain `TrainingArguments` gain the missing fields.
-
-    Raises:
-        TypeError: not training arguments.
-    """
-    if args is None:
-        return config_class("trainer_output")
-    if isinstance(args, config_class):
-        return args
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(f"args must be a {config_class.__name__}, got {type(args).__name__}")
-    fields = [f.name for f in dataclasses.fields(args) if f.init]
-    return config_class(**{name: getattr(args, name) for name in fields})
-
-
-def refuse_unsupported(args: Any) -> None:
-    """Refuse configurations the engine cannot honour.
-
-    Raises:
-        ValueError: names the option and what to use instead.
-    """
-    if args.memory_budget_gb is not None and not args.memory_budget_gb > 0:
-        raise ValueError(f"memory_budget_gb must be positive, got {args.memory_budget_gb}")
-    if args.deepspeed is not None:
-        raise ValueError(
-            "deepspeed is not supported: its partitioned parameters cannot be read by the fused "
-            "head. Shard with FSDP2 (fsdp=...) instead"
-        )
-
-
-__all__ = ["as_config", "engine_at_seam", "logger", "refuse_unsupported"]
+__all__ = ["engine_at_seam"]

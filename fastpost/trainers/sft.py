@@ -12,13 +12,14 @@ once, and only scored tokens reach the head. Data, one row:
 or any other format TRL takes (`text`, `messages`, tokenised `input_ids` with `labels`).
 
 Refused: a data set of which nothing would be scored, one of which everything would be scored
-although its prompts should be masked, and DeepSpeed (see `seam`).
+although its prompts should be masked, and DeepSpeed (see
+`engine_config`).
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import trl
@@ -26,32 +27,20 @@ from trl.trainer import sft_trainer as trl_sft
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.mask import MaskReport, count_mask
-from fastpost.trainers.seam import as_config, engine_at_seam, logger, refuse_unsupported
+from fastpost.trainers.engine_config import EngineConfig, as_config, refuse_unsupported
+from fastpost.trainers.engine_trainer import EngineTrainer, logger
+from fastpost.trainers.seam import engine_at_seam
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):
-    """`trl.SFTConfig` and two fields of the engine.
-
-    Attributes:
-        prefix_sharing: compute equal beginnings of rows once.
-        memory_budget_gb: workspace of the language-model head in GiB, None for the default.
-    """
-
-    prefix_sharing: bool = field(
-        default=True, metadata={"help": "Compute equal beginnings of rows once."}
-    )
-    memory_budget_gb: float | None = field(
-        default=None,
-        metadata={"help": "Workspace of the language-model head in GiB. None: kernel default."},
-    )
+class SFTConfig(EngineConfig, trl.SFTConfig):
+    """`trl.SFTConfig` and the fields of the engine."""
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(EngineTrainer, trl.SFTTrainer):
     """`trl.SFTTrainer` on the packed, prefix-shared, logit-free forward.
 
     Attributes:
-        engine: the `fastpost.scoring.Engine` of the model.
         mask_reports: data set name -> what of it is scored, truncated, left without a label.
 
     Raises:
@@ -85,8 +74,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.mask_reports: dict[str, MaskReport] = {}
         with engine_at_seam(trl_sft, args) as engines:
             super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
-        self.engine = engines[0]
-        logger.info(self.engine.report())
+        self._take_engines(engines)
 
     def _prepare_dataset(
         self,

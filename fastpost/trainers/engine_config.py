@@ -1,0 +1,61 @@
+"""What every configuration of ours has beside the fields of its method."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class EngineConfig:
+    """Fields of the engine, mixed into each method's configuration.
+
+    Attributes:
+        prefix_sharing: compute equal beginnings of rows once.
+        memory_budget_gb: workspace of the language-model head in GiB, None for the default.
+    """
+
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "Compute equal beginnings of rows once."}
+    )
+    memory_budget_gb: float | None = field(
+        default=None,
+        metadata={"help": "Workspace of the language-model head in GiB. None: kernel default."},
+    )
+
+
+def as_config(args: Any, config_class: type[Any]) -> Any:
+    """`args` as our config. TRL's own and plain `TrainingArguments` gain the missing fields.
+
+    Raises:
+        TypeError: not training arguments.
+    """
+    if args is None:
+        return config_class("trainer_output")
+    if isinstance(args, config_class):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args must be a {config_class.__name__}, got {type(args).__name__}")
+    fields = [f.name for f in dataclasses.fields(args) if f.init]
+    return config_class(**{name: getattr(args, name) for name in fields})
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Refuse configurations the engine cannot honour.
+
+    Raises:
+        ValueError: names the option and what to use instead.
+    """
+    if args.memory_budget_gb is not None and not args.memory_budget_gb > 0:
+        raise ValueError(f"memory_budget_gb must be positive, got {args.memory_budget_gb}")
+    if args.deepspeed is not None:
+        raise ValueError(
+            "deepspeed is not supported: its partitioned parameters cannot be read by the fused "
+            "head. Shard with FSDP2 (fsdp=...) instead"
+        )
+
+
+__all__ = ["EngineConfig", "as_config", "refuse_unsupported"]

@@ -22,6 +22,7 @@ class ScoredOutput(ModelOutput):
         log_sum_sq_probs: `log Σ p²`, without gradient.
         mean_logits: mean logit over the vocabulary, without gradient.
         is_top1: whether the label is the most likely token.
+        values: what the model's `value_head` says of the state that predicts each label.
         label_mask: True where a label is scored.
         aux_loss: load-balancing loss of a mixture of experts, unweighted.
     """
@@ -32,6 +33,7 @@ class ScoredOutput(ModelOutput):
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
+    values: Tensor | None = None
     label_mask: Tensor | None = None
     aux_loss: Tensor | None = None
 

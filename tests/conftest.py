@@ -62,8 +62,8 @@ def seed() -> None:
 def no_engine_outlives_its_test() -> Iterator[None]:
     """Attention functions of transformers are wrapped as long as any engine is installed."""
     yield
-    scoring = sys.modules.get("fastpost.scoring")
-    for engine in list(scoring._ENGINES.values()) if scoring else []:
+    backbone = sys.modules.get("fastpost.backbone")
+    for engine in backbone.installed_engines() if backbone else []:
         engine.remove()
 
 

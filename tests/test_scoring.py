@@ -433,3 +433,29 @@ def test_autocast_multiplies_in_half_precision(batch) -> None:
         rounded = model(**batch, fused_lm_head=True).log_probs
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, atol=0.15, rtol=0.05)
+
+
+def test_value_head_reads_the_states_that_predict_the_labels(batch) -> None:
+    model = llama().train()
+    with pytest.raises(ValueError, match="value_head"):
+        fastpost.accelerate_model(model, outputs=("values",))
+    model.value_head = torch.nn.Linear(32, 1)
+    fastpost.accelerate_model(model, outputs=("log_probs", "values"))
+    output = model(**batch, fused_lm_head=True)
+    stock = llama().train()
+    stock.value_head = copy.deepcopy(model.value_head)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    hidden = stock.model(**inputs).last_hidden_state[:, :-1]
+    scored = batch["labels"][:, 1:] != -100
+    expected = stock.value_head(hidden)[..., 0] * scored
+    torch.testing.assert_close(output.values, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(expected.shape)
+    for values, owner in ((output.values, model), (expected, stock)):
+        (values * weights).sum().backward()
+        assert owner.value_head.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(
+        model.model.embed_tokens.weight.grad,
+        stock.model.embed_tokens.weight.grad,
+        atol=1e-5,
+        rtol=1e-4,
+    )

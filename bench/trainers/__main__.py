@@ -1,4 +1,4 @@
-"""`python -m bench.trainers {sft,dpo}`: seconds a step and peak memory, ours against a peer.
+"""`python -m bench.trainers METHOD`: seconds a step and peak memory, ours against a peer.
 
 Runs both in processes of their own, in turn, so that a machine that drifts drifts for both.
 Prints a table and writes `bench/results/trainers_<method>_<answers>.json`.
@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from bench.environment import RESULTS, ROOT, describe
+from bench.trainers.methods import METHODS
 
 # The first step of a process pays for allocation and kernel selection.
 WARM_UP_STEPS = 1
@@ -21,11 +22,11 @@ WARM_UP_STEPS = 1
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.trainers", description=__doc__)
-    parser.add_argument("method", choices=["sft", "dpo"])
+    parser.add_argument("method", choices=sorted(METHODS))
     parser.add_argument("--peer", choices=["trl"], default="trl")
     parser.add_argument("--model", help="folder of a model; default: the embedded SmolLM2-135M")
     parser.add_argument(
-        "--sequences", type=int, default=16, help="a step; dpo takes half as many pairs"
+        "--sequences", type=int, default=16, help="a step; half as many where rows are pairs"
     )
     parser.add_argument("--steps", type=int, default=4, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each, in turn")
@@ -35,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--no-checkpointing", action="store_true")
     options = parser.parse_args()
-    options.batch = options.sequences // (2 if options.method == "dpo" else 1)
+    options.batch = options.sequences // METHODS[options.method].sequences_per_row
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], options.peer: []}
     for round_number in range(options.rounds):
         for engine in runs:

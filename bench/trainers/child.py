@@ -9,19 +9,36 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import tempfile
 import time
 import warnings
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    TRL_EXPERIMENTAL_SILENCE="1",
+)
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+from transformers.utils import logging
+
+from bench.trainers.fixed_rollout import FixedRollout, reward
+from bench.trainers.methods import GROUP, METHODS, Method
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--method", choices=["sft", "dpo"], required=True)
-    parser.add_argument("--engine", choices=["ours", "trl"], required=True)
+    parser.add_argument("--method", choices=sorted(METHODS), required=True)
+    parser.add_argument("--engine", choices=["ours", "trl", "padded"], required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
@@ -31,64 +48,37 @@ def main() -> None:
     print(json.dumps(measure(parser.parse_args())))
 
 
+class Clock(TrainerCallback):
+    """Seconds and loss of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.began = 0.0
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self.began)
+        self.began = now
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and loss of each step, tokens of a step, peak resident memory of the process."""
     warnings.simplefilter("ignore")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from transformers.utils import logging
-
-    from bench.trainers.workload import dataset_for
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if options.engine == "ours":
-        import fastpost as library
-    else:
-        import trl as library
-    trainer_class = getattr(library, f"{options.method.upper()}Trainer")
-    config_class = getattr(library, f"{options.method.upper()}Config")
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.losses: list[float] = []
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.began)
-
-        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "loss" in logs:
-                self.losses.append(float(logs["loss"]))
-
+    method = METHODS[options.method]
     clock = Clock()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    packing_seconds = _time_packing() if options.engine == "ours" else []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_class(
-            model,
-            args=config_class(
-                folder,
-                per_device_train_batch_size=options.batch,
-                max_steps=options.steps,
-                learning_rate=1e-5,
-                gradient_checkpointing=not options.no_checkpointing,
-                bf16=False,
-                use_cpu=True,
-                logging_steps=1,
-                report_to=[],
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
-            train_dataset=dataset_for(
-                options.method, options.batch * options.steps, options.answers
-            ),
-            processing_class=tokenizer,
-            callbacks=[clock],
-        )
+        trainer = _trainer(method, options, clock, folder)
         trainer.train()
     result = {
         "seconds": clock.seconds,
@@ -99,21 +89,73 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         stats = vars(trainer.engine.stats)
         result["tokens_per_step"] = {k: v / options.steps for k, v in stats.items()}
         result["fallbacks"] = dict(trainer.engine.fallbacks)
-        result["pack_seconds"] = _pack_seconds(trainer)
+        result["pack_seconds"] = sum(packing_seconds) / options.steps
     return result
 
 
-def _pack_seconds(trainer: Any) -> float:
-    """Median time to pack one batch; the policy and a separate reference pack once each."""
-    from fastpost.packing import pack
+def _trainer(method: Method, options: argparse.Namespace, clock: Clock, folder: str) -> Any:
+    trainer_class, config_class = method.classes(options.engine)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    dataset = method.dataset(options.batch * options.steps, options.answers)
+    config = config_class(
+        folder,
+        per_device_train_batch_size=options.batch,
+        max_steps=options.steps,
+        learning_rate=1e-5,
+        gradient_checkpointing=not options.no_checkpointing,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **method.config,
+    )
+    if method.needs_reward:
+        trainer_class = _with_fixed_rollout(method, trainer_class, dataset, tokenizer)
+    return trainer_class(
+        model=_model(method, options, tokenizer),
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[clock],
+        **({"reward_funcs": reward} if method.needs_reward else {}),
+    )
 
-    batch = next(iter(trainer.get_train_dataloader()))
-    seconds = []
-    for _ in range(20):
+
+def _model(method: Method, options: argparse.Namespace, tokenizer: Any) -> Any:
+    dtype = getattr(torch, options.dtype)
+    if method.trainer != "Reward":
+        return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(
+        options.model, num_labels=1, dtype=dtype, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def _with_fixed_rollout(
+    method: Method, trainer_class: type[Any], dataset: Dataset, tokenizer: Any
+) -> type[Any]:
+    if method.trainer == "OnlineDPO":
+        return FixedRollout(dataset, tokenizer, num_completions=2).paired(trainer_class)
+    return FixedRollout(dataset, tokenizer, num_completions=GROUP).grouped(trainer_class)
+
+
+def _time_packing() -> list[float]:
+    """Seconds of every call to `pack` from here on."""
+    from fastpost import backbone
+
+    stock, seconds = backbone.pack, []
+
+    def pack(*args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
-        pack(batch["input_ids"], batch["attention_mask"])
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    backbone.pack = pack
+    return seconds
 
 
 if __name__ == "__main__":

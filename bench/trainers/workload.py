@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import reasoning_gym
-from datasets import Dataset
 
 
 def maths_rows(num_rows: int, answers: str, seed: int = 11) -> list[dict[str, Any]]:
@@ -42,14 +41,4 @@ def _go_wrong(solution: str) -> str:
     return solution[:half] + re.sub(r"\d+", lambda n: str(int(n[0]) + 3), solution[half:])
 
 
-def dataset_for(method: str, num_rows: int, answers: str) -> Dataset:
-    """Rows in the columns the method takes."""
-    rows = maths_rows(num_rows, answers)
-    if method == "sft":
-        return Dataset.from_list(
-            [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-        )
-    return Dataset.from_list(rows)
-
-
-__all__ = ["dataset_for", "maths_rows"]
+__all__ = ["maths_rows"]

@@ -16,6 +16,12 @@ from fastpost.cli.recipe import UsageError, did_you_mean
 COMMANDS = {
     "sft": "supervised fine-tuning on texts, conversations or prompt-completion pairs",
     "dpo": "preference training on chosen and rejected answers",
+    "kto": "preference training on single judged answers",
+    "orpo": "preference training in one stage, without a reference model",
+    "cpo": "CPO and SimPO, preference training without a reference model",
+    "reward": "a reward model from preferences",
+    "grpo": "reinforcement learning on groups of answers, with rewards by name or function",
+    "rloo": "reinforcement learning with a leave-one-out baseline",
     "demo": "train a small model on this machine and see what it learnt",
 }
 
@@ -46,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:6}{text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
     return (
         "usage: fastpost COMMAND [options]\n\n"
         f"commands:\n{commands}\n\n"

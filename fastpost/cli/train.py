@@ -1,4 +1,4 @@
-"""What `fastpost sft` and `fastpost dpo` share: the fields of a run, its checks, and its end.
+"""What the training commands share: the fields of a run, its checks, and its end.
 
 `prepare` does everything that can fail cheaply (recipe, fields, data) before a model is loaded;
 `train_and_save` takes the built trainer to the end. Only the trainer itself differs per command.
@@ -79,7 +79,7 @@ class RunFields:
     )
     use_dora: bool = _doc("Train the magnitude of each weight row too (DoRA)", default=False)
 
-    def lora_config(self) -> LoraConfig | None:
+    def lora_config(self, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
         """The PEFT configuration these fields ask for; None trains all weights."""
         if self.lora_r is None:
             return None
@@ -91,7 +91,7 @@ class RunFields:
             lora_dropout=self.lora_dropout,
             target_modules=self.lora_target_modules,
             use_dora=self.use_dora,
-            task_type="CAUSAL_LM",
+            task_type=task_type,
         )
 
 
@@ -193,7 +193,9 @@ def _groups(
         rest = [f for name, f in training.items() if name in inherited]
         return groups | {"training, as in TRL's and transformers' documentation": rest}
     groups["method"] = [training[name] for name in command.method_fields]
-    groups[f"training, most used of {len(training)}"] = [training[name] for name in COMMON_FIELDS]
+    groups[f"training, most used of {len(training)}"] = [
+        training[name] for name in COMMON_FIELDS if name in training
+    ]
     return groups
 
 
@@ -259,7 +261,7 @@ def _dry_run_text(
     unset = [f for f in _fields(command.run_fields) if f.name not in recipe.given]
     lines += [f"{f.name}: {json.dumps(default_of(f))}" for f in unset]
     for name in (*command.method_fields, *COMMON_FIELDS):
-        if name not in recipe.given:
+        if name not in recipe.given and hasattr(config, name):
             lines.append(f"{name}: {json.dumps(getattr(config, name))}")
     for title, data in (("dataset", train_data), ("eval_dataset", eval_data)):
         if data is not None:

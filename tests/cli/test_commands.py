@@ -95,7 +95,7 @@ def test_overview_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["sft", "dpo"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
 def test_help_is_grouped_and_short(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
@@ -145,6 +145,9 @@ def test_dry_run_prints_a_recipe_that_can_be_used_again(
         ),
         ("sft", {"prompt": "p"}, "prompt+completion"),
         ("dpo", {"prompt": "p", "chosen": "a"}, "chosen+rejected"),
+        ("kto", {"prompt": "p", "completion": "a"}, "prompt+completion+label"),
+        ("orpo", {"chosen": "p", "rejected": "a"}, "prompt+chosen+rejected"),
+        ("reward", {"prompt": "p"}, "chosen+rejected"),
     ],
 )
 def test_missing_columns_are_named(

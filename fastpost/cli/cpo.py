@@ -1,0 +1,32 @@
+"""`fastpost cpo`: CPO and SimPO with `fastpost.CPOTrainer`."""
+
+from __future__ import annotations
+
+from fastpost.cli.train import Command, prepare, train_and_save
+
+COMMAND = Command(
+    name="cpo",
+    summary=(
+        "Preference training without a reference model: CPO, and SimPO with loss_type simpo. Rows "
+        "have prompt, chosen and rejected."
+    ),
+    method_fields=("beta", "loss_type", "cpo_alpha", "simpo_gamma"),
+)
+COLUMNS = [("prompt", "chosen", "rejected")]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    from fastpost import CPOConfig, CPOTrainer  # heavy: torch and TRL
+
+    job = prepare(COMMAND, argv, CPOConfig, COLUMNS)
+    if job is None:
+        return 0
+    trainer = CPOTrainer(
+        model=job.fields.model,
+        args=job.config,
+        train_dataset=job.train_data,
+        eval_dataset=job.eval_data,
+        peft_config=job.fields.lora_config(),
+    )
+    return train_and_save(trainer, "cpo")

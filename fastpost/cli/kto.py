@@ -1,0 +1,38 @@
+"""`fastpost kto`: preference training on single judged answers with `fastpost.KTOTrainer`."""
+
+from __future__ import annotations
+
+from fastpost.cli.train import Command, prepare, train_and_save
+
+COMMAND = Command(
+    name="kto",
+    summary=(
+        "Training on answers judged one by one. Rows have prompt, completion and label (true: "
+        "desirable)."
+    ),
+    method_fields=(
+        "beta",
+        "loss_type",
+        "desirable_weight",
+        "undesirable_weight",
+        "precompute_ref_log_probs",
+    ),
+)
+COLUMNS = [("prompt", "completion", "label")]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    from fastpost import KTOConfig, KTOTrainer  # heavy: torch and TRL
+
+    job = prepare(COMMAND, argv, KTOConfig, COLUMNS)
+    if job is None:
+        return 0
+    trainer = KTOTrainer(
+        model=job.fields.model,
+        args=job.config,
+        train_dataset=job.train_data,
+        eval_dataset=job.eval_data,
+        peft_config=job.fields.lora_config(),
+    )
+    return train_and_save(trainer, "kto")

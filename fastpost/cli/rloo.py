@@ -1,0 +1,42 @@
+"""`fastpost rloo`: REINFORCE leave-one-out with `fastpost.RLOOTrainer`."""
+
+from __future__ import annotations
+
+from fastpost.cli.rewards import RewardedRunFields, reward_functions
+from fastpost.cli.train import Command, prepare, train_and_save
+
+COMMAND = Command(
+    name="rloo",
+    summary=(
+        "Reinforcement learning with the other answers to a prompt as baseline. Rows have a "
+        "prompt, and the columns the rewards read."
+    ),
+    method_fields=(
+        "num_generations",
+        "max_completion_length",
+        "temperature",
+        "beta",
+        "reward_weights",
+        "use_vllm",
+    ),
+    run_fields=RewardedRunFields,
+)
+COLUMNS = [("prompt",)]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    from fastpost import RLOOConfig, RLOOTrainer  # heavy: torch and TRL
+
+    job = prepare(COMMAND, argv, RLOOConfig, COLUMNS)
+    if job is None:
+        return 0
+    trainer = RLOOTrainer(
+        model=job.fields.model,
+        reward_funcs=reward_functions(job.fields.reward),
+        args=job.config,
+        train_dataset=job.train_data,
+        eval_dataset=job.eval_data,
+        peft_config=job.fields.lora_config(),
+    )
+    return train_and_save(trainer, "rloo")

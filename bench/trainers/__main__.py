@@ -23,7 +23,6 @@ WARM_UP_STEPS = 1
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.trainers", description=__doc__)
     parser.add_argument("method", choices=sorted(METHODS))
-    parser.add_argument("--peer", choices=["trl"], default="trl")
     parser.add_argument("--model", help="folder of a model; default: the embedded SmolLM2-135M")
     parser.add_argument(
         "--sequences", type=int, default=16, help="a step; half as many where rows are pairs"
@@ -36,13 +35,14 @@ def main() -> None:
     )
     parser.add_argument("--no-checkpointing", action="store_true")
     options = parser.parse_args()
+    options.peer = METHODS[options.method].peer
     options.batch = options.sequences // METHODS[options.method].sequences_per_row
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], options.peer: []}
     for round_number in range(options.rounds):
         for engine in runs:
             runs[engine].append(_run(engine, options))
             median = statistics.median(_timed(runs[engine][-1:]))
-            print(f"round {round_number + 1} {engine:5} {median:7.2f} s/step", flush=True)
+            print(f"round {round_number + 1} {engine:6} {median:7.2f} s/step", flush=True)
     result = _summarise(options, runs)
     print(_table(options, result))
     RESULTS.mkdir(exist_ok=True)

@@ -33,6 +33,7 @@ from transformers.utils import logging
 
 from bench.trainers.fixed_rollout import FixedRollout, reward
 from bench.trainers.methods import GROUP, METHODS, Method
+from bench.trainers.padded_forward import use_padded_forward
 
 
 def main() -> None:
@@ -79,6 +80,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     packing_seconds = _time_packing() if options.engine == "ours" else []
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(method, options, clock, folder)
+        if options.engine == "padded":
+            for engine in filter(None, (trainer.engine, trainer.ref_engine)):
+                use_padded_forward(engine)
         trainer.train()
     result = {
         "seconds": clock.seconds,

@@ -34,6 +34,11 @@ class Method:
     config: dict[str, Any] = field(default_factory=dict)
     needs_reward: bool = False
 
+    @property
+    def peer(self) -> str:
+        """What it is measured against: "trl", or our trainer on a padded forward."""
+        return "padded" if self.trl_module is None else "trl"
+
     def classes(self, engine: str) -> tuple[type[Any], type[Any]]:
         """Trainer and config class of "ours" or "trl"."""
         home = "fastpost" if engine != "trl" else self.trl_module
@@ -105,6 +110,13 @@ METHODS = {
         _prompts,
         sequences_per_row=2,
         config={"max_new_tokens": 256, "max_length": 1024},
+        needs_reward=True,
+    ),
+    "ppo": Method(
+        "PPO",
+        None,
+        _prompts,
+        config={"max_completion_length": 256, "num_generations": GROUP, "num_ppo_epochs": 1},
         needs_reward=True,
     ),
 }

@@ -10,29 +10,46 @@ their prompt, padding is never computed, and only answer tokens reach the head. 
      "chosen": [{"role": "assistant", "content": "4"}],
      "rejected": [{"role": "assistant", "content": "5"}]}
 
-The reference is a frozen copy of the policy, the policy with its adapter off, or log-probs computed
-beforehand. Refused: a reference that is the policy or shares its weights, and DeepSpeed. Checked:
-the first step, where reference and policy agree, must give log 2; the reference's weights must be
-the same at the end as at the beginning.
+The reference (`reference=...`) is a frozen copy of the policy, the policy with its adapter off, or
+log-probs computed beforehand and kept on disk; what is used is logged at start. Refused: a
+reference that is the policy or shares its weights, and DeepSpeed. Checked: the first step, where
+reference and policy agree, must give log 2; the reference's weights must be the same at the end as
+at the beginning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from warnings import warn
 
+import torch
 import trl
+from datasets import Dataset
 from torch import Tensor
 from trl.trainer import dpo_trainer as trl_dpo
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
-from fastpost.guards.reference import ReferenceUnchanged, refuse_shared_reference
+from fastpost.guards.reference import refuse_shared_reference
+from fastpost.reference_cache import ScoredRow, unpadded_row
+from fastpost.references import (
+    ReferenceConfig,
+    check_reference,
+    drop_reference_adapter,
+    frozen_reference,
+    has_adapter,
+)
 from fastpost.scoring import FastpostWarning
+from fastpost.trainers.cached_reference import (
+    CachedReference,
+    collated,
+    content_digest_at_seam,
+    with_columns,
+)
 from fastpost.trainers.engine_config import EngineConfig, as_config, refuse_unsupported
 from fastpost.trainers.engine_trainer import EngineTrainer, logger
+from fastpost.trainers.reference_guard import ReferenceGuard
 from fastpost.trainers.seam import engine_at_seam
 
 # Rewards of the first step above which reference and policy do not agree.
@@ -40,19 +57,21 @@ _FIRST_STEP_TOLERANCE = 1e-3
 
 
 @dataclass
-class DPOConfig(EngineConfig, trl.DPOConfig):
-    """`trl.DPOConfig` and the fields of the engine. `padding_free` is always so here."""
+class DPOConfig(EngineConfig, ReferenceConfig, trl.DPOConfig):
+    """`trl.DPOConfig`, the engine's fields and `reference`. `padding_free` is always so here."""
 
 
-class DPOTrainer(EngineTrainer, trl.DPOTrainer):
+class DPOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.DPOTrainer):
     """`trl.DPOTrainer` on the packed, prefix-shared, logit-free forward.
+
+    Overrides `_precompute_ref_logps`: log-probs computed beforehand come from the cache on disk.
 
     Attributes:
         first_step: what the first step said about policy and reference, None before it.
 
     Raises:
-        ValueError: the reference shares weights with the policy, the data set lacks columns or is
-            empty.
+        ValueError: the reference shares weights with the policy, or is not what `reference` asks
+            for; the data set lacks columns or is empty.
     """
 
     def __init__(
@@ -66,30 +85,33 @@ class DPOTrainer(EngineTrainer, trl.DPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_config(args, DPOConfig)
+        adapter = has_adapter(model, kwargs.get("peft_config"))
+        check_reference(args, "DPO", ("base", "frozen", "cached"), adapter, ref_model)
         refuse_unsupported(args)
         args.padding_free = False  # what TRL has disabled under this name is what the engine does
         refuse_shared_reference(model, ref_model)
         if train_dataset is not None:
             require_rows(train_dataset, "train_dataset")
             require_columns(column_names(train_dataset), [["chosen", "rejected"]], "DPO")
-        self.first_step: str | None = None
-        with engine_at_seam(trl_dpo, args) as engines:
-            super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
-        self._take_engines(engines)
         self._starts_at_reference = ref_model is None
-        self.add_callback(ReferenceUnchanged(self._reference_tensors))
-
-    def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights that make up the reference: its own, or the policy's frozen ones."""
-        if self.ref_model is not None:
-            if not self.args.sync_ref_model:
-                yield from self.ref_model.named_parameters()
-            return
+        ref_model = frozen_reference(args, model, ref_model, adapter)
+        self.first_step: str | None = None
+        with engine_at_seam(trl_dpo, args) as engines, content_digest_at_seam(trl_dpo):
+            super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
         if self.precompute_ref_logps:
-            return
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                yield name, parameter
+            self._free_reference(engines)
+        drop_reference_adapter(args, self.model)
+        self._take_engines(engines)
+        self._guard_reference()
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        rows: list[ScoredRow] = []
+        for pair in collated(dataset, self.data_collator):
+            rows += _pair_rows(pair, self.ld_alpha)
+        logps = self._cached_reference_logps(rows, 2 * batch_size, name)
+        return with_columns(
+            dataset, {"ref_chosen_logps": logps[0::2], "ref_rejected_logps": logps[1::2]}
+        )
 
     def compute_loss(
         self,
@@ -128,6 +150,19 @@ class DPOTrainer(EngineTrainer, trl.DPOTrainer):
                 stacklevel=2,
             )
         return f"policy differs from reference: {found}"
+
+
+def _pair_rows(pair: dict[str, Tensor], ld_alpha: float | None) -> list[ScoredRow]:
+    """Chosen and rejected row of a collated pair `[2, T]`, as LD-DPO weighs their tokens."""
+    mask = pair["completion_mask"]
+    weights = mask.float()
+    if ld_alpha is not None:
+        position = mask[:, 1:].cumsum(1)  # of a token in its answer, from 1
+        shared_length = position[:, -1].min()
+        weights[:, 1:] *= torch.where(position > shared_length, ld_alpha, 1.0)
+    return [
+        unpadded_row(pair["input_ids"][i], pair["attention_mask"][i], weights[i]) for i in range(2)
+    ]
 
 
 __all__ = ["DPOConfig", "DPOTrainer"]

@@ -1,0 +1,1 @@
+"""What the compiler makes of every Triton kernel, ours and our peers', without a GPU."""

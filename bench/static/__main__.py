@@ -1,0 +1,154 @@
+"""`python -m bench.static [--targets sm_90 ...] [--ours] [--quick] [--output FILE]`
+
+Compiles every Triton kernel of the registry for every target, without a GPU: a table, and
+bench/results/static.json. Times are predictions for an H100 by the roofline, never measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.environment import RESULTS, describe
+from bench.registry import KERNELS, Case, Kernel
+from bench.static.compilation import Launch, compile_launches, compiler_cache
+from bench.static.machine_code import assembler_versions, read_machine_code
+from bench.static.processors import (
+    H100_BANDWIDTH,
+    H100_FLOPS,
+    PROCESSORS,
+    Processor,
+    predict,
+)
+
+TENSOR_GROUPS = ("mma.sync", "wgmma", "tcgen05", "mfma")
+COLUMNS = (
+    "kernel                                     case                                        regs "
+    "spill  shared warps blocks/SM limit          tensor            wide loads B/item  predicted"
+)
+
+
+def measure(kernel: Kernel, case: Case, processor: Processor) -> list[dict[str, Any]]:
+    """One row per launch of the case; a single row with `failed` if it does not compile."""
+    row = {
+        "op": kernel.op,
+        "package": kernel.package,
+        "kernel": kernel.name,
+        "shape": case.shape,
+        "target": processor.name,
+    }
+    try:
+        function = kernel.load()
+        launches = compile_launches(
+            lambda: case.launch(processor.capability), function, processor.target()
+        )
+    except Exception as error:  # a compiler's, whatever it is: the table says so
+        reason = str(error).strip().splitlines() or [""]
+        return [row | {"failed": f"{type(error).__name__}: {reason[0][:200]}"}]
+    rows = []
+    for number, launch in enumerate(launches, start=1):
+        part = f", launch {number}/{len(launches)}" if len(launches) > 1 else ""
+        rows.append(row | {"shape": case.shape + part} | describe_launch(kernel, launch, processor))
+    return rows
+
+
+def describe_launch(kernel: Kernel, launch: Launch, processor: Processor) -> dict[str, Any]:
+    """What one compiled launch takes of a multiprocessor, its instructions and its cost."""
+    code, metadata = read_machine_code(launch.compiled), launch.compiled.metadata
+    tensor_memory = getattr(metadata, "tmem_size", None) or 0
+    fits = processor.occupancy(metadata.num_warps, code.registers, metadata.shared, tensor_memory)
+    cost = kernel.cost(launch.arguments)
+    row = {
+        "is_gemm": kernel.is_gemm,
+        "registers": code.registers,
+        "spilled_bytes": code.spilled_bytes,
+        "shared_bytes": metadata.shared,
+        "tensor_memory": tensor_memory,
+        "warps": metadata.num_warps,
+        "stages": metadata.num_stages,
+        "grid": list(launch.grid),
+        "blocks_per_sm": fits.blocks,
+        "occupancy": round(fits.share, 4),
+        "occupancy_limit": fits.limit,
+        "tensor_cores": {g: n for g, n in code.instructions.items() if g in TENSOR_GROUPS},
+        "wide_load_share": round(code.wide_load_share, 3),
+        "load_widths": code.load_widths,
+        "store_widths": code.store_widths,
+        "instructions": code.instructions,
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "items": cost.items,
+    }
+    if processor.name == "sm_90":
+        microseconds, bound = predict(cost.flops, cost.bytes)
+        row["h100_prediction"] = {"microseconds": round(microseconds, 1), "bound": bound}
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    head = f"{row['package'] + ' ' + row['kernel'].strip('_'):<43.43}{row['shape']:<44.44}"
+    if "failed" in row:
+        return f"{head}does not compile: {row['failed'][:80]}"
+    tensor = " ".join(f"{n} {group}" for group, n in row["tensor_cores"].items()) or "-"
+    predicted = row.get("h100_prediction")
+    time = f"{predicted['microseconds']:>8.1f} us" if predicted else ""
+    return (
+        f"{head}{row['registers']:>4}{row['spilled_bytes']:>6}{row['shared_bytes']:>8}"
+        f"{row['warps']:>6}{row['blocks_per_sm']:>10} {row['occupancy_limit']:<15}{tensor:<18}"
+        f"{row['wide_load_share']:>10.0%}{row['bytes'] / row['items']:>7.3g}{time:>11}"
+    )
+
+
+def measure_all(kernels: list[Kernel], targets: list[str], quick: bool) -> list[dict[str, Any]]:
+    """Prints the table as it is made."""
+    rows = []
+    for name in targets:
+        print(f"\n{name}\n{COLUMNS}")
+        for kernel in kernels:
+            for case in kernel.cases[:1] if quick else kernel.cases:
+                found = measure(kernel, case, PROCESSORS[name])
+                rows += found
+                print("\n".join(line(row) for row in found), flush=True)
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON with one row a line."""
+    head = describe("bench.static") | {
+        "assemblers": assembler_versions(),
+        "prediction": {
+            "model": "max(flops / tensor cores, bytes / memory) of an H100, never measured",
+            "tensor_cores_flops": H100_FLOPS,
+            "memory_bytes_per_second": H100_BANDWIDTH,
+        },
+    }
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{text},\n "results": [\n{lines}\n ]\n}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=PROCESSORS, default=list(PROCESSORS))
+    parser.add_argument("--ours", action="store_true", help="leave the peers out")
+    parser.add_argument("--quick", action="store_true", help="one shape of each kernel")
+    parser.add_argument("--output", type=Path, default=RESULTS / "static.json")
+    options = parser.parse_args()
+    kernels = [k for k in KERNELS if k.package == "fastpost" or not options.ours]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with compiler_cache(Path(folder)):
+                rows = measure_all(kernels, options.targets, options.quick)
+        except RuntimeError as error:
+            sys.exit(str(error))
+    write(options.output, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What a run optimises, on which data: written into each checkpoint, compared when it is resumed.
+
+A run resumed with another loss, beta, length, seed, batch or data set goes on without an error and
+is a run of neither setting. Each checkpoint therefore holds `fastpost_run.json`:
+
+    objective   fields of the method's configuration, optimizer, seeds, rows a step    must agree
+    data        rows and SHA-256 of the prepared training data                         must agree
+    reference   digest of the reference's weights, where there is a reference          must agree
+    schedule    learning rate and its schedule, number of steps, precision, layout     warned of
+    versions    of the libraries                                                       warned of
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+from collections.abc import Sized
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from transformers import TrainingArguments
+
+MANIFEST = "fastpost_run.json"
+_STRICT_SECTIONS = ("objective", "data", "reference")
+_LOOSE_SECTIONS = ("schedule", "versions")
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
+
+# Of transformers' own fields: part of the objective, or of how long and how precisely.
+_OBJECTIVE = frozenset(
+    {
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "data_seed",
+        "dataloader_drop_last",
+        "label_smoothing_factor",
+        "max_grad_norm",
+        "neftune_noise_alpha",
+        "optim",
+        "optim_args",
+        "optim_target_modules",
+        "seed",
+        "train_sampling_strategy",
+        "weight_decay",
+    }
+)
+_SCHEDULE = frozenset(
+    {
+        "bf16",
+        "fp16",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lr_scheduler_kwargs",
+        "lr_scheduler_type",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "warmup_steps",
+    }
+)
+# transformers restores the scheduler, and with it the rate the schedule is a share of.
+_REMARKS = {"learning_rate": " (the checkpoint's stays in force)"}
+# Of a method's fields: how it is computed, shown or loaded, not what.
+_NEUTRAL = frozenset(
+    {
+        "activation_offloading",
+        "cache_implementation",
+        "dataset_num_proc",
+        "ds3_gather_for_generation",
+        "eval_packing",
+        "generate_during_eval",
+        "log_completions",
+        "log_completions_hub_repo",
+        "log_multimodal",
+        "log_unique_prompts",
+        "memory_budget_gb",
+        "model_init_kwargs",
+        "num_completions_to_print",
+        "num_generations_eval",
+        "pad_to_multiple_of",
+        "padding_free",
+        "precompute_ref_batch_size",
+        "prefix_sharing",
+        "transformers_continuous_batching_config",
+        "trust_remote_code",
+        "use_transformers_continuous_batching",
+        "use_transformers_paged",
+    }
+)
+
+
+def describe_run(args: Any, train_dataset: Any, reference: str | None = None) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Args:
+        args: the configuration, as the trainer holds it.
+        train_dataset: the prepared training data.
+        reference: digest of the reference's weights.
+    """
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(args) if field.init} - inherited - _NEUTRAL
+    own = {name for name in own if not name.startswith("vllm_")}
+    objective = {name: _plain(getattr(args, name)) for name in sorted(own | _OBJECTIVE)}
+    objective["rows_per_step"] = (
+        args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    )
+    return {
+        "objective": objective,
+        "data": describe_data(train_dataset),
+        "reference": {"sha256": reference},
+        "schedule": {name: _plain(getattr(args, name)) for name in sorted(_SCHEDULE)},
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+
+
+def describe_data(dataset: Any) -> dict[str, Any]:
+    """Rows and content of a data set; None for what a stream does not say.
+
+    Reference log-probs computed beforehand are left out: they follow from the rest.
+    """
+    if not isinstance(dataset, Dataset):
+        return {"rows": len(dataset) if isinstance(dataset, Sized) else None, "sha256": None}
+    columns = sorted(name for name in dataset.column_names if not name.startswith("ref_"))
+    digest = hashlib.sha256(json.dumps(columns).encode())
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for name in columns:
+            _hash_array(digest, batch.column(name).combine_chunks())
+    return {"rows": len(dataset), "sha256": digest.hexdigest()}
+
+
+def _hash_array(digest: Any, array: pa.Array) -> None:
+    """Feed values, not buffers: equal rows may lie in memory differently."""
+    kind = array.type
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and not array.null_count:
+        digest.update(array.value_lengths().to_numpy().astype("<i8").tobytes())
+        _hash_array(digest, array.flatten())
+    elif (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and not array.null_count:
+        digest.update(array.to_numpy(zero_copy_only=False).tobytes())
+    else:
+        digest.update(json.dumps(array.to_pylist(), sort_keys=True, default=repr).encode())
+
+
+def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
+    """Write `fastpost_run.json`."""
+    (Path(folder) / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """The manifest in a checkpoint, None if it has none."""
+    path = Path(folder) / MANIFEST
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Where two manifests part, one line each: what forbids a resume, what is worth a warning."""
+    # What is read back from JSON has lists for tuples.
+    now = json.loads(json.dumps(now))
+
+    def compare(sections: tuple[str, ...]) -> list[str]:
+        lines = []
+        for section in sections:
+            old, new = before.get(section) or {}, now.get(section) or {}
+            for name in sorted(old.keys() & new.keys()):
+                # None: one of the two could not say (a stream, a reference without weights).
+                unknown = section in ("data", "reference") and None in (old[name], new[name])
+                if old[name] != new[name] and not unknown:
+                    lines.append(
+                        f"{section} {name}: {old[name]!r} in the checkpoint, {new[name]!r} now"
+                        + _REMARKS.get(name, "")
+                    )
+        return lines
+
+    return compare(_STRICT_SECTIONS), compare(_LOOSE_SECTIONS)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it; of an object only its class, whose text may hold addresses."""
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return type(value).__name__
+
+
+__all__ = [
+    "MANIFEST",
+    "describe_data",
+    "describe_run",
+    "differences",
+    "read_manifest",
+    "write_manifest",
+]

@@ -1,0 +1,117 @@
+"""Two processes with half the batch each compute what one process computes with all of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainers import footprint
+from tests.trainers.distributed_child import CASES, run_case
+from tests.trainers.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+FAST = ["SFT", "DPO", "GRPO"]
+SLOW = [case for case in CASES if case not in FAST]
+# Counts that are per process, or of the processes.
+NOT_SHARED = {"train_samples_per_second", "train_steps_per_second"}
+
+
+def start(folder: Path, cases: list[str]) -> None:
+    """Run the cases in two processes over gloo, one start for all of them."""
+    for name in {CASES[case][0] for case in cases}:
+        METHODS[name].model().save_pretrained(folder / name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "tests.trainers.distributed_child", str(folder), *cases]
+        with open(folder / f"output-{rank}.txt", "w") as output:
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+                )
+            )
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], (folder / "output-0.txt").read_text()[-4000:]
+
+
+@pytest.fixture(scope="module")
+def fast_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    start(folder, FAST)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slow_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    start(folder, SLOW)
+    return folder
+
+
+def results(case: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    ranks = [torch.load(folder / f"{case}-rank{rank}.pt") for rank in range(2)]
+    return ranks, run_case(case, folder, 1)
+
+
+def assert_same(case: str, folder: Path) -> None:
+    (first, second), alone = results(case, folder)
+    assert not footprint.differing(first["weights"], second["weights"])
+    assert alone["loss"] and any(g.norm() > 0 for g in alone["gradients"].values())
+    torch.testing.assert_close(
+        torch.tensor(first["loss"]), torch.tensor(alone["loss"]), atol=1e-5, rtol=0
+    )
+    assert first["gradients"].keys() == alone["gradients"].keys()
+    for name, gradient in alone["gradients"].items():
+        error = (first["gradients"][name] - gradient).norm()
+        assert error <= 1e-5 * gradient.norm() + 1e-6, name
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, atol=1e-5, rtol=0)
+    for ours, expected in zip(first["metrics"], alone["metrics"], strict=True):
+        assert ours.keys() == expected.keys()
+        for name in ours.keys() - NOT_SHARED:
+            assert ours[name] == pytest.approx(expected[name], abs=1e-4, rel=1e-4), name
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_two_processes_equal_one(case, fast_folder) -> None:
+    assert_same(case, fast_folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in SLOW if case != "SFT-tokens-per-device"])
+def test_two_processes_equal_one_for_all(case, slow_folder) -> None:
+    assert_same(case, slow_folder)
+
+
+@pytest.mark.slow
+def test_means_per_device_are_another_loss(slow_folder) -> None:
+    """`average_tokens_across_devices=False` is honoured, and the comparison can fail."""
+    with pytest.raises(AssertionError):
+        assert_same("SFT-tokens-per-device", slow_folder)
+
+
+@pytest.mark.slow
+def test_every_method_runs_in_two_processes() -> None:
+    assert {name for name, *_ in CASES.values()} == METHODS.keys()

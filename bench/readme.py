@@ -7,6 +7,8 @@ from typing import Any
 
 from bench.environment import RESULTS, ROOT
 
+NAMES = {"online_dpo": "Online DPO update", "grpo": "GRPO update", "rloo": "RLOO update"}
+NAMES |= {"ppo": "PPO update", "simpo": "SimPO", "reward": "Reward model"}
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -45,12 +47,13 @@ def table() -> str:
 
 def _row(result: dict[str, Any]) -> str:
     tokens = result["tokens_per_step"]
-    unit = "pairs" if result["method"] == "dpo" else "rows"
+    name = NAMES.get(result["method"], result["method"].upper())
+    over = "" if result["peer"] == "trl" else " (over a padded forward)"
     peak = result["engines"]["ours"]["peak_rss_mib"] / 1024
     return (
-        f"| {result['method'].upper()}, {result['batch']} {unit}, {result['answers']} answers "
+        f"| {name}, {result['batch']} {result['unit']}, {result['answers']} answers "
         f"| {tokens['padded_tokens']:,} → {tokens['unique_tokens']:,} → "
-        f"{tokens['scored_tokens']:,} | {result['speed_up']:.1f}× "
+        f"{tokens['scored_tokens']:,} | {result['speed_up']:.1f}×{over} "
         f"| {peak:.1f} GiB | {result['memory_ratio']:.2f}× |"
     )
 

@@ -19,19 +19,21 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "Case", "Cost", "Kernel", "find"]
+__all__ = ["KERNELS", "Case", "Cost", "Kernel", "attention_segments", "find"]
 
 WIDTHS = (4096, 5120, 8192)
 VOCABS = (128_256, 151_936)
 HEAD_SIZES = (128, 64, 96, 192, 256)
 ROWS = 8192
+TILE = 4096  # rows and columns of logits that the planner chooses at all of these shapes
+EVERYTHING = "every option"
 
 Arguments = Mapping[str, Any]
 
@@ -43,7 +45,7 @@ class Cost(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One launch at one shape; `launch` gets the GPU's compute capability, as 90 for 9.0."""
+    """One launch at one shape; `launch` gets the GPU's capability: 90 for 9.0, -1 for AMD."""
 
     shape: str
     launch: Callable[[int], object]
@@ -55,7 +57,7 @@ class Kernel(NamedTuple):
     source: str  # module:function
     is_gemm: bool  # else it is bound by memory
     cost: Callable[[Arguments], Cost]
-    cases: tuple[Case, ...]  # the first is the one to show where there is room for one
+    cases: tuple[Case, ...]  # one shape comes first, of ours without and with every option
     peers: tuple[str, ...] = ()  # sources of kernels that do the same work
 
     @property
@@ -71,6 +73,11 @@ class Kernel(NamedTuple):
 def find(source: str) -> Kernel:
     """The row of `source`; raises KeyError."""
     return {kernel.source: kernel for kernel in KERNELS}[source]
+
+
+def _anywhere(run: Callable[..., object], *args: Any) -> Callable[[int], object]:
+    """A launch that is the same for every GPU."""
+    return lambda _: run(*args)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -109,56 +116,53 @@ def _rescale_cost(args: Arguments) -> Cost:
 
 
 def _tile(cols: int, everything: bool) -> dict[str, Any]:
-    """Arguments of a pass over the tile that the planner chooses for ROWS rows."""
+    """Arguments of a pass over the first `cols` columns of a tile."""
     from fastpost_kernels._vocab_passes import COEF_ROWS, STATE_ROWS, LogitTransform
-    from fastpost_kernels._vocab_tiles import DEFAULT_BUDGET_GPU, TILE_COLS
-    from fastpost_kernels._vocab_workspace import fold_plan
 
-    rows, _ = fold_plan(ROWS, VOCABS[0], WIDTHS[0], torch.bfloat16, True, DEFAULT_BUDGET_GPU)
     return {
-        "tile": _meta(rows, TILE_COLS)[:, : cols or TILE_COLS],
-        "state": _floats(STATE_ROWS, rows),
-        "coefs": _floats(COEF_ROWS, rows),
-        "targets": _targets(rows),
-        "bias": _floats(cols or TILE_COLS) if everything else None,
+        "tile": _meta(TILE, TILE)[:, :cols],
+        "state": _floats(STATE_ROWS, TILE),
+        "coefs": _floats(COEF_ROWS, TILE),
+        "targets": _targets(TILE),
+        "bias": _floats(cols) if everything else None,
         "transform": LogitTransform(1.0, 30.0, 0.7) if everything else LogitTransform(),
     }
 
 
-def _fold(cols: int, everything: bool) -> None:
+def _fold(cols: int, options: str) -> None:
     from fastpost_kernels._vocab_passes_triton import fold
 
+    everything = options == EVERYTHING
     given = _tile(cols, everything)
     fold(
         given["tile"], given["state"], given["targets"], 0, given["bias"], given["transform"],
-        moments=everything, top1=everything, store_exp=True,
+        moments=everything, top1=everything, store_exp=options != "statistics only",
     )  # fmt: skip
 
 
-def _gradient(cols: int, everything: bool) -> None:
+def _gradient(cols: int, options: str) -> None:
     from fastpost_kernels._vocab_passes_triton import gradient
 
-    given = _tile(cols, everything)
+    given = _tile(cols, options == EVERYTHING)
     gradient(given["tile"], given["coefs"], given["targets"], 0, given["bias"], given["transform"])
 
 
 def _rescale(width: int) -> None:
     from fastpost_kernels._vocab_passes_triton import multiply_accumulate
 
-    acc, tile, weight = _floats(4096, width), _floats(4096, 64), _floats(64, width)
-    multiply_accumulate(acc, tile, weight, None, _floats(4096))
+    acc, tile, weight = _floats(TILE, width), _floats(TILE, 64), _floats(64, width)
+    multiply_accumulate(acc, tile, weight, None, _floats(TILE))
 
 
-def _tile_cases(run: Callable[[int, bool], None]) -> tuple[Case, ...]:
+def _tile_cases(run: Callable[[int, str], None], *options: str) -> tuple[Case, ...]:
     """Full tiles are the same at every H and V; the last one of a vocabulary is narrower."""
-    tile_cols = 4096
-    shapes = {"tile 4096x4096": 0} | {
-        f"last tile 4096x{vocab % tile_cols} of V {vocab}": vocab % tile_cols for vocab in VOCABS
+    shapes = {f"tile {TILE}x{TILE}": TILE} | {
+        f"last tile {TILE}x{vocab % TILE} of V {vocab}": vocab % TILE for vocab in VOCABS
     }
     return tuple(
-        Case(shape + ", every option" * everything, lambda _, c=cols, e=everything: run(c, e))
+        Case(f"{shape}, {chosen}", _anywhere(run, cols, chosen))
         for shape, cols in shapes.items()
-        for everything in (False, True)
+        for chosen in options
     )
 
 
@@ -192,7 +196,7 @@ def _trl_tile(backward: bool) -> None:
         )
 
 
-def _trl_rows(vocab: int, backward: bool) -> None:
+def _trl_rows(backward: bool, vocab: int) -> None:
     from trl.kernels.logprob_entropy import _LogProbEntropyFunction
 
     ctx = mock.Mock()
@@ -208,7 +212,12 @@ def _liger_cost(args: Arguments) -> Cost:
     return Cost(0, 2 * logits.numel() * logits.itemsize + 16 * logits.shape[0], logits.numel())
 
 
-def _liger_cross_entropy(vocab: int) -> None:
+def _liger_warps(capability: int) -> int:
+    """As its host code chooses by torch's build: 1,024 threads on both makes of GPU."""
+    return 32 if capability > 0 else 16
+
+
+def _liger_cross_entropy(vocab: int, capability: int) -> None:
     """As fused_linear_cross_entropy_forward at H 4096, where a chunk of 8192 rows has 256."""
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
     from liger_kernel.ops.fused_linear_cross_entropy import MAX_FUSED_SIZE
@@ -222,16 +231,18 @@ def _liger_cross_entropy(vocab: int) -> None:
         weight_sum=0.0, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
         reduction="mean", softcap=None, RETURN_Z_LOSS=False, RETURN_TOKEN_ACCURACY=False,
         RETURN_PREDICTED_TOKENS=False, HAS_WEIGHT=False, HAS_SOFTCAPPING=False,
-        HAS_GRADIENTS=True, BLOCK_SIZE=MAX_FUSED_SIZE, num_warps=32,
+        HAS_GRADIENTS=True, BLOCK_SIZE=MAX_FUSED_SIZE,
+        num_warps=_liger_warps(capability),
     )  # fmt: skip
 
 
-def _liger_scale(width: int) -> None:
+def _liger_scale(width: int, capability: int) -> None:
     from liger_kernel.ops.utils import element_mul_kernel
 
     element_mul_kernel[(ROWS,)](
-        _meta(ROWS, width), width, _floats(), width, BLOCK_SIZE=8192, X_col_stride=1, num_warps=32
-    )
+        _meta(ROWS, width), width, _floats(), width, BLOCK_SIZE=8192, X_col_stride=1,
+        num_warps=_liger_warps(capability),
+    )  # fmt: skip
 
 
 def _liger_log_softmax(vocab: int) -> None:
@@ -250,7 +261,7 @@ PROMPT, ANSWERS, ANSWER = 4096, 8, 512
 
 
 @lru_cache
-def _segments() -> Tensor:
+def attention_segments() -> Tensor:
     """A prompt of 4,096 tokens with 8 answers of 512: 8,192 unique tokens."""
     end = PROMPT + ANSWERS * ANSWER
     answers = [(first, first + ANSWER, first + ANSWER) for first in range(PROMPT, end, ANSWER)]
@@ -262,7 +273,7 @@ def _attention_cost(args: Arguments, products: tuple[int, int], reads: str) -> C
     from fastpost_kernels._prefix_segments import schedule_of
 
     heads, tokens, size = args["query_ptr"].shape
-    pairs = schedule_of(_segments(), tokens).num_pairs(args["window"] or None) * heads
+    pairs = schedule_of(attention_segments(), tokens).num_pairs(args["window"] or None) * heads
     flops = 2 * pairs * (products[0] * size + products[1] * args["value_ptr"].shape[2])
     tensors = [args[f"{name}_ptr"] for name in reads.split()]
     return Cost(flops, sum(x.numel() * x.itemsize for x in tensors), pairs)
@@ -289,10 +300,10 @@ def _attention(size: int, everything: bool, backward: bool, capability: int) -> 
     from fastpost_kernels._prefix_regions import Scoring
     from fastpost_kernels._prefix_segments import schedule_of
 
-    schedule = schedule_of(_segments(), PROMPT + ANSWERS * ANSWER)
+    schedule = schedule_of(attention_segments(), PROMPT + ANSWERS * ANSWER)
     scoring = Scoring(size**-0.5, 1024 if everything else None, 50.0 if everything else None)
     query, key, value = (
-        _meta(int(_segments()[0, 2]), heads, size).transpose(0, 1)
+        _meta(int(attention_segments()[0, 2]), heads, size).transpose(0, 1)
         for heads in (QUERY_HEADS, KEY_HEADS, KEY_HEADS)
     )
     sinks = _meta(QUERY_HEADS) if everything else None
@@ -309,7 +320,7 @@ def _attention_cases(backward: bool) -> tuple[Case, ...]:
     return tuple(
         Case(
             f"D {size}" + ", softcap and window" * everything,
-            lambda capability, s=size, e=everything: _attention(s, e, backward, capability),
+            partial(_attention, size, everything, backward),
         )
         for size in HEAD_SIZES
         for everything in (False, True)
@@ -366,24 +377,26 @@ LIGER_LOG_SOFTMAX = "liger_kernel.ops.grpo_loss:_selective_log_softmax_kernel"
 BNB = "bitsandbytes.backends.triton"
 
 
-def _by(values: tuple[int, ...], letter: str, run: Callable[[int], None]) -> tuple[Case, ...]:
-    return tuple(Case(f"{letter} {value}", lambda _, v=value: run(v)) for value in values)
+def _by(
+    values: tuple[int, ...], letter: str, launch: Callable[[int], Callable[[int], object]]
+) -> tuple[Case, ...]:
+    return tuple(Case(f"{letter} {value}", launch(value)) for value in values)
 
 
 KERNELS = (
     Kernel(
         "linear_logprob", "fastpost", f"{PASSES}:_linear_logprob_fold_kernel", False,
-        _fold_cost, _tile_cases(_fold),
+        _fold_cost, _tile_cases(_fold, "frozen head", EVERYTHING, "statistics only"),
         (f"{TRL_TILE}:_forward_kernel", f"{TRL_ROWS}:_forward_kernel", LIGER_CE, LIGER_LOG_SOFTMAX),
     ),
     Kernel(
         "linear_logprob", "fastpost", f"{PASSES}:_linear_logprob_gradient_kernel", False,
-        _gradient_cost, _tile_cases(_gradient),
+        _gradient_cost, _tile_cases(_gradient, "logprob", EVERYTHING),
         (f"{TRL_TILE}:_backward_kernel", f"{TRL_ROWS}:_backward_kernel", LIGER_CE),
     ),
     Kernel(
         "linear_logprob", "fastpost", f"{PASSES}:_linear_logprob_rescale_kernel", False,
-        _rescale_cost, _by(WIDTHS, "H", _rescale), (LIGER_SCALE,),
+        _rescale_cost, _by(WIDTHS, "H", lambda width: _anywhere(_rescale, width)), (LIGER_SCALE,),
     ),
     Kernel(
         "prefix_attention", "fastpost", f"{ATTENTION}:prefix_attention_fwd_kernel", True,
@@ -399,43 +412,43 @@ KERNELS = (
     ),
     Kernel(
         "linear_logprob", "trl", f"{TRL_TILE}:_forward_kernel", False,
-        _trl_cost(1), (Case("tile 4096x32768", lambda _: _trl_tile(False)),),
+        _trl_cost(1), (Case("tile 4096x32768", _anywhere(_trl_tile, False)),),
     ),
     Kernel(
         "linear_logprob", "trl", f"{TRL_TILE}:_backward_kernel", False,
-        _trl_cost(2), (Case("tile 4096x32768", lambda _: _trl_tile(True)),),
+        _trl_cost(2), (Case("tile 4096x32768", _anywhere(_trl_tile, True)),),
     ),
     Kernel(
         "linear_logprob", "trl", f"{TRL_ROWS}:_forward_kernel", False,
-        _trl_cost(1), _by(VOCABS, "V", lambda vocab: _trl_rows(vocab, False)),
+        _trl_cost(1), _by(VOCABS, "V", lambda vocab: _anywhere(_trl_rows, False, vocab)),
     ),
     Kernel(
         "linear_logprob", "trl", f"{TRL_ROWS}:_backward_kernel", False,
-        _trl_cost(2), _by(VOCABS, "V", lambda vocab: _trl_rows(vocab, True)),
+        _trl_cost(2), _by(VOCABS, "V", lambda vocab: _anywhere(_trl_rows, True, vocab)),
     ),
     Kernel(
         "linear_cross_entropy", "liger-kernel", LIGER_CE, False,
-        _liger_cost, _by(VOCABS, "V", _liger_cross_entropy),
+        _liger_cost, _by(VOCABS, "V", lambda vocab: partial(_liger_cross_entropy, vocab)),
     ),
     Kernel(
         "linear_cross_entropy", "liger-kernel", LIGER_SCALE, False,
-        _liger_cost, _by(WIDTHS, "H", _liger_scale),
+        _liger_cost, _by(WIDTHS, "H", lambda width: partial(_liger_scale, width)),
     ),
     Kernel(
         "linear_logprob", "liger-kernel", LIGER_LOG_SOFTMAX, False,
-        _log_softmax_cost, _by(VOCABS, "V", _liger_log_softmax),
+        _log_softmax_cost, _by(VOCABS, "V", lambda vocab: _anywhere(_liger_log_softmax, vocab)),
     ),
     Kernel(
         "nf4_linear", "bitsandbytes", f"{BNB}.kernels_4bit:dequant_nf4_kernel", False,
-        _nf4_cost, (Case("14336x4096", lambda _: _nf4(False)),),
+        _nf4_cost, (Case("14336x4096", _anywhere(_nf4, False)),),
     ),
     Kernel(
         "nf4_linear", "bitsandbytes", f"{BNB}.kernels_4bit:quantize_nf4_blockwise_kernel", False,
-        _nf4_cost, (Case("14336x4096", lambda _: _nf4(True)),),
+        _nf4_cost, (Case("14336x4096", _anywhere(_nf4, True)),),
     ),
     Kernel(
         "adamw_8bit", "bitsandbytes",
         f"{BNB}.kernels_optim:_optimizer_update_2state_8bit_blockwise_triton_kernel", False,
-        _adam_cost, (Case("14336x4096", lambda _: _adam()),),
+        _adam_cost, (Case("14336x4096", _anywhere(_adam)),),
     ),
 )  # fmt: skip

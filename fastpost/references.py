@@ -3,7 +3,7 @@
     base     the policy with its adapter switched off
     frozen   a second model that nothing trains, also beside a policy with an adapter
     cached   log-probs computed before training and kept on disk (`fastpost.reference_cache`)
-    none     no reference; for methods whose KL term may be left out (beta 0)
+    none     no reference; for methods whose KL term may be left out
 
 `reference=None` leaves the choice to TRL: the adapter switched off where there is one, otherwise a
 frozen copy, or what `precompute_ref_log_probs` says.
@@ -92,11 +92,18 @@ def check_reference(
             f"reference={kind!r} contradicts precompute_ref_log_probs=True, which is "
             "reference='cached'; set one of the two"
         )
-    if "none" in kinds and (args.beta == 0) != (kind == "none"):
+    name, weight = _weight(args)
+    if "none" in kinds and (weight == 0) != (kind == "none"):
         raise ValueError(
-            f"reference={kind!r} contradicts beta={args.beta}: the reference enters the loss "
-            "through beta alone, so 'none' goes with beta=0 and nothing else does"
+            f"reference={kind!r} contradicts {name}={weight}: the reference enters through {name} "
+            f"alone, so 'none' goes with {name}=0 and nothing else does"
         )
+
+
+def _weight(args: Any) -> tuple[str, Any]:
+    """Name and value of the weight of the reference: PPO's `kl_coef`, elsewhere `beta`."""
+    name = "kl_coef" if hasattr(args, "kl_coef") else "beta"
+    return name, getattr(args, name)
 
 
 def frozen_reference(args: Any, model: Any, ref_model: Any, adapter: bool) -> Any:
@@ -120,10 +127,16 @@ def frozen_reference(args: Any, model: Any, ref_model: Any, adapter: bool) -> An
     return None
 
 
-def drop_reference_adapter(args: Any, model: Any) -> None:
-    """Where "base" is asked for, remove the frozen copy TRL makes of an adapter it is given."""
-    if args.reference == "base" and "ref" in model.peft_config:
-        model.delete_adapter("ref")
+def drop_reference_adapter(args: Any, model: Any) -> bool:
+    """Where "base" is asked for, remove the frozen copy TRL makes of an adapter it is given.
+
+    Returns:
+        Whether there was one: the policy then starts from its adapter, not from the reference.
+    """
+    if args.reference != "base" or "ref" not in model.peft_config:
+        return False
+    model.delete_adapter("ref")
+    return True
 
 
 def describe_reference(trainer: Any) -> str:
@@ -135,10 +148,12 @@ def describe_reference(trainer: Any) -> str:
         model = trainer.accelerator.unwrap_model(ref_model)
         name = model.config._name_or_path or type(model).__name__
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        how = "copy that follows the policy" if trainer.args.sync_ref_model else "frozen copy"
+        follows = getattr(trainer.args, "sync_ref_model", False)
+        how = "copy that follows the policy" if follows else "frozen copy"
         return f"{how} of {name}, {parameters:,} parameters"
-    if getattr(trainer, "beta", None) == 0:
-        return "none, beta is 0"
+    name, weight = _weight(trainer.args)
+    if weight == 0:
+        return f"none, {name} is 0"
     if not has_adapter(trainer.model):
         return "none"
     if "ref" in trainer.model.peft_config:

@@ -28,7 +28,7 @@ from bench.static.processors import (
 TENSOR_GROUPS = ("mma.sync", "wgmma", "tcgen05", "mfma")
 COLUMNS = (
     "kernel                                     case                                        regs "
-    "spill  shared warps blocks/SM limit          tensor            wide loads B/item  predicted"
+    "spill  shared warps blocks/SM limit          tensor          16 B loads B/item  predicted"
 )
 
 
@@ -75,6 +75,7 @@ def describe_launch(kernel: Kernel, launch: Launch, processor: Processor) -> dic
         "occupancy": round(fits.share, 4),
         "occupancy_limit": fits.limit,
         "tensor_cores": {g: n for g, n in code.instructions.items() if g in TENSOR_GROUPS},
+        "has_64_bit_offsets": "arith.extsi" in launch.compiled.asm["ttir"],
         "wide_load_share": round(code.wide_load_share, 3),
         "load_widths": code.load_widths,
         "store_widths": code.store_widths,
@@ -110,7 +111,7 @@ def measure_all(kernels: list[Kernel], targets: list[str], quick: bool) -> list[
     for name in targets:
         print(f"\n{name}\n{COLUMNS}")
         for kernel in kernels:
-            for case in kernel.cases[:1] if quick else kernel.cases:
+            for case in kernel.cases[:2] if quick else kernel.cases:
                 found = measure(kernel, case, PROCESSORS[name])
                 rows += found
                 print("\n".join(line(row) for row in found), flush=True)
@@ -137,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=PROCESSORS, default=list(PROCESSORS))
     parser.add_argument("--ours", action="store_true", help="leave the peers out")
-    parser.add_argument("--quick", action="store_true", help="one shape of each kernel")
+    parser.add_argument("--quick", action="store_true", help="the first two cases of each kernel")
     parser.add_argument("--output", type=Path, default=RESULTS / "static.json")
     options = parser.parse_args()
     kernels = [k for k in KERNELS if k.package == "fastpost" or not options.ours]

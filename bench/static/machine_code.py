@@ -10,12 +10,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 
-__all__ = ["MachineCode", "assembler_versions", "read_machine_code"]
+__all__ = ["MachineCode", "assembler_versions", "read_amd", "read_machine_code", "read_sass"]
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SASS_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -70,9 +71,32 @@ class MachineCode(NamedTuple):
 
 def read_machine_code(compiled: Any) -> MachineCode:
     """Of what Triton compiled, for NVIDIA or for AMD."""
-    if "cubin" in compiled.asm:
-        return _read_cubin(compiled.asm["cubin"])
-    return _read_amd(compiled.asm["amdgcn"])
+    if "amdgcn" in compiled.asm:
+        return read_amd(compiled.asm["amdgcn"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
+        return read_sass(usage, _run(TOOLS / "cuobjdump", "-sass", file.name))
+
+
+def read_sass(usage: str, sass: str) -> MachineCode:
+    """Of what cuobjdump says about one kernel: its resource usage, and its instructions."""
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    local = max(used["STACK"], used["LOCAL"])
+    return _summarise(SASS_LINE.findall(sass), SASS_GROUPS, _sass_width, used["REG"], local)
+
+
+def read_amd(assembly: str) -> MachineCode:
+    """Of the assembly that LLVM wrote for one kernel, metadata included."""
+
+    def number(field: str) -> int:
+        found = re.search(rf"\.{field}:\s+(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    registers = number("vgpr_count")  # of both kinds together since gfx90a
+    local = number("private_segment_fixed_size")
+    return _summarise(AMD_LINE.findall(assembly), AMD_GROUPS, _amd_width, registers, local)
 
 
 def assembler_versions() -> dict[str, str]:
@@ -82,18 +106,6 @@ def assembler_versions() -> dict[str, str]:
         said = _run(TOOLS / name, "--version")
         versions[name] = said.rpartition(" V")[2].split()[0]
     return versions
-
-
-def _read_cubin(cubin: bytes) -> MachineCode:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
-        names = SASS_LINE.findall(_run(TOOLS / "cuobjdump", "-sass", file.name))
-    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return _summarise(
-        names, SASS_GROUPS, _sass_width, used["REG"], max(used["STACK"], used["LOCAL"])
-    )
 
 
 def _sass_width(name: str) -> int:
@@ -106,16 +118,6 @@ def _sass_width(name: str) -> int:
     return 4
 
 
-def _read_amd(assembly: str) -> MachineCode:
-    def number(field: str) -> int:
-        found = re.search(rf"\.{field}:\s+(\d+)", assembly)
-        return int(found[1]) if found else 0
-
-    registers = number("vgpr_count")  # both kinds together since gfx90a
-    spilled = number("private_segment_fixed_size")
-    return _summarise(AMD_LINE.findall(assembly), AMD_GROUPS, _amd_width, registers, spilled)
-
-
 def _amd_width(name: str) -> int:
     """global_load_dwordx4 sixteen, global_load_ushort two."""
     kind = name.rpartition("_load_")[2].rpartition("_store_")[2]
@@ -125,7 +127,11 @@ def _amd_width(name: str) -> int:
 
 
 def _summarise(
-    names: list[str], groups: dict[str, str], width: Any, registers: int, spilled: int
+    names: list[str],
+    groups: dict[str, str],
+    width: Callable[[str], int],
+    registers: int,
+    spilled: int,
 ) -> MachineCode:
     instructions: Counter[str] = Counter()
     widths: dict[str, Counter[int]] = {"global load": Counter(), "global store": Counter()}

@@ -45,8 +45,8 @@ class Processor(NamedTuple):
 
     @property
     def capability(self) -> int:
-        """As `torch.cuda.get_device_capability` would say it, 94 for gfx942."""
-        return self.arch if isinstance(self.arch, int) else int(self.arch[3:5])
+        """The number that our launchers choose tiles by: 90 for 9.0, -1 for AMD."""
+        return self.arch if isinstance(self.arch, int) else -1
 
     def target(self) -> Any:
         """Triton's name for it."""
@@ -80,8 +80,10 @@ PROCESSORS = {
     processor.name: processor
     for processor in (
         Processor("sm_80", "cuda", 80, 32, 64, 32, 65536, 256, 164 * KIB, 163 * KIB, KIB, 0),
+        Processor("sm_89", "cuda", 89, 32, 48, 24, 65536, 256, 100 * KIB, 99 * KIB, KIB, 0),
         Processor("sm_90", "cuda", 90, 32, 64, 32, 65536, 256, 228 * KIB, 227 * KIB, KIB, 0),
         Processor("sm_100", "cuda", 100, 32, 64, 32, 65536, 256, 228 * KIB, 227 * KIB, KIB, 512),
+        Processor("sm_120", "cuda", 120, 32, 48, 24, 65536, 256, 100 * KIB, 99 * KIB, KIB, 0),
         Processor("gfx942", "hip", "gfx942", 64, 32, 32, 131072, 512, 64 * KIB, 64 * KIB, 0, 0),
     )
 }

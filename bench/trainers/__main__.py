@@ -92,6 +92,8 @@ def _summarise(
     return {
         "method": options.method,
         "batch": options.batch,
+        "unit": METHODS[options.method].unit,
+        "peer": options.peer,
         "answers": options.answers,
         "dtype": options.dtype,
         "checkpointing": not options.no_checkpointing,

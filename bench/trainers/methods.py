@@ -21,6 +21,7 @@ class Method:
     Attributes:
         trainer: name of the trainer class, and of the config class, without their endings.
         trl_module: where TRL keeps them; None where TRL has no such trainer.
+        unit: what a row of a batch is.
         columns: rows of a problem with its right and wrong answer -> rows of the data set.
         sequences_per_row: rows of tokens that one row of a batch becomes.
         config: fields beside those every method gets.
@@ -29,6 +30,7 @@ class Method:
 
     trainer: str
     trl_module: str | None
+    unit: str
     columns: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
     sequences_per_row: int = 1
     config: dict[str, Any] = field(default_factory=dict)
@@ -78,21 +80,23 @@ def _prompts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 _ONE_UPDATE_A_ROLLOUT = {"max_completion_length": 256, "num_generations": GROUP}
 
 METHODS = {
-    "sft": Method("SFT", "trl", _completions),
-    "dpo": Method("DPO", "trl", _pairs, sequences_per_row=2),
-    "kto": Method("KTO", "trl", _unpaired),
-    "orpo": Method("ORPO", "trl.experimental.orpo", _pairs, sequences_per_row=2),
+    "sft": Method("SFT", "trl", "rows", _completions),
+    "dpo": Method("DPO", "trl", "pairs", _pairs, sequences_per_row=2),
+    "kto": Method("KTO", "trl", "answers", _unpaired),
+    "orpo": Method("ORPO", "trl.experimental.orpo", "pairs", _pairs, sequences_per_row=2),
     "simpo": Method(
         "CPO",
         "trl.experimental.cpo",
+        "pairs",
         _pairs,
         sequences_per_row=2,
         config={"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5},
     ),
-    "reward": Method("Reward", "trl", _pairs, sequences_per_row=2),
+    "reward": Method("Reward", "trl", "pairs", _pairs, sequences_per_row=2),
     "grpo": Method(
         "GRPO",
         "trl",
+        "completions of 2 prompts",
         _prompts,
         config=_ONE_UPDATE_A_ROLLOUT | {"beta": 0.04},
         needs_reward=True,
@@ -100,6 +104,7 @@ METHODS = {
     "rloo": Method(
         "RLOO",
         "trl",
+        "completions of 2 prompts",
         _prompts,
         config=_ONE_UPDATE_A_ROLLOUT | {"beta": 0.04},
         needs_reward=True,
@@ -107,6 +112,7 @@ METHODS = {
     "online_dpo": Method(
         "OnlineDPO",
         "trl.experimental.online_dpo",
+        "prompts, 2 completions each",
         _prompts,
         sequences_per_row=2,
         config={"max_new_tokens": 256, "max_length": 1024},
@@ -115,6 +121,7 @@ METHODS = {
     "ppo": Method(
         "PPO",
         None,
+        "completions of 2 prompts",
         _prompts,
         config={"max_completion_length": 256, "num_generations": GROUP, "num_ppo_epochs": 1},
         needs_reward=True,

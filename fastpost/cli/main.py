@@ -22,6 +22,7 @@ COMMANDS = {
     "reward": "a reward model from preferences",
     "grpo": "reinforcement learning on groups of answers, with rewards by name or function",
     "rloo": "reinforcement learning with a leave-one-out baseline",
+    "ppo": "proximal policy optimisation with a value head and a KL penalty",
     "demo": "train a small model on this machine and see what it learnt",
 }
 

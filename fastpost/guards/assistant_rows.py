@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fastpost.guards.assistant_mask import render_with_mask
+from fastpost.guards.assistant_mask import Message, render_with_mask
 from fastpost.guards.columns import column_names, require_columns
 
 # An assistant turn in the middle, as training sees it; asked where its mask ends.
@@ -27,8 +27,9 @@ def mask_assistant_turns(
     """Tokenise a conversational data set, the assistant's tokens marked by incremental rendering.
 
     Args:
-        dataset: rows with `messages`, or with `prompt` and `completion` as lists of messages; a
-            row's own `tools` (list or JSON text) and `chat_template_kwargs` are honoured.
+        dataset: rows with `messages` (or `conversations`), or with `prompt` and `completion` as
+            lists of messages; a row's own `tools` (list or JSON text) and `chat_template_kwargs`
+            are honoured. Rows with `input_ids` are left as they are.
         tokenizer: a fast tokenizer with a chat template.
         completion_only: assistant turns of `prompt` are context, not scored.
         num_proc: processes for `Dataset.map`; streams take none.
@@ -40,7 +41,10 @@ def mask_assistant_turns(
         ValueError: other columns, or a template that cannot be masked (see `render_with_mask`).
     """
     columns = column_names(dataset)
-    require_columns(columns, [["messages"], ["prompt", "completion"]], "assistant_only_loss")
+    if "input_ids" in columns:
+        return dataset
+    choices = [["messages"], ["conversations"], ["prompt", "completion"]]
+    require_columns(columns, choices, "assistant_only_loss")
     options: dict[str, Any] = {"remove_columns": columns}
     if hasattr(dataset, "__len__"):
         options |= {"num_proc": num_proc, "desc": "Masking all but assistant turns"}
@@ -55,19 +59,25 @@ def _tokenize_row(
     row: dict[str, Any], tokenizer: Any, completion_only: bool
 ) -> dict[str, list[int]]:
     tools = row.get("tools")
-    if "messages" in row:
-        messages, scored_from = row["messages"], 0
-    else:
+    if "prompt" in row:
         messages = row["prompt"] + row["completion"]
         scored_from = len(row["prompt"]) if completion_only else 0
+    else:
+        messages, scored_from = row.get("messages") or row["conversations"], 0
     input_ids, mask = render_with_mask(
         tokenizer,
-        messages,
+        [_with_role_and_content(message) for message in messages],
         json.loads(tools) if isinstance(tools, str) else tools,
         scored_from=scored_from,
         **(row.get("chat_template_kwargs") or {}),
     )
     return {"input_ids": input_ids, "assistant_masks": mask}
+
+
+def _with_role_and_content(message: Message) -> Message:
+    """The message, its keys renamed where they are ShareGPT's `from` and `value`."""
+    names = {"from": "role", "value": "content"}
+    return {names.get(key, key): value for key, value in message.items()}
 
 
 def end_of_turn(tokenizer: Any) -> int | None:

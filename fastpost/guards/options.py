@@ -17,6 +17,27 @@ _OWN_SAMPLER = {"GRPOConfig", "RLOOConfig"}
 _SYNCED = ("sync_ref_model", {True})
 _PRECOMPUTED = ("precompute_ref_log_probs", {True})
 _ENCODER_DECODER = ("is_encoder_decoder", {True})
+_VLLM = ("use_vllm", {True})
+_VLLM_FIELDS = (
+    "vllm_mode",
+    "vllm_model_impl",
+    "vllm_enable_sleep_mode",
+    "vllm_structured_outputs_regex",
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+    "vllm_gpu_memory_utilization",
+    "vllm_tensor_parallel_size",
+)
+_GROUPS = {
+    **dict.fromkeys((*_VLLM_FIELDS, "vllm_max_model_length"), _VLLM),
+    "ref_model_mixup_alpha": _SYNCED,
+    "ref_model_sync_steps": _SYNCED,
+    "num_completions_to_print": ("log_completions", {True}),
+    "transformers_continuous_batching_config": ("use_transformers_continuous_batching", {True}),
+}
 # Config -> field -> the field and its values under which the trainer reads the first one. Given
 # otherwise, it would be dropped without a word.
 _READ_ONLY_UNDER: dict[str, dict[str, tuple[str, set[Any]]]] = {
@@ -40,6 +61,30 @@ _READ_ONLY_UNDER: dict[str, dict[str, tuple[str, set[Any]]]] = {
         "max_completion_length": _ENCODER_DECODER,
     },
     "ORPOConfig": {"max_completion_length": _ENCODER_DECODER},
+    "OnlineDPOConfig": dict.fromkeys(_VLLM_FIELDS, _VLLM),
+    "RLOOConfig": _GROUPS,
+    "GRPOConfig": {
+        **_GROUPS,
+        **dict.fromkeys(
+            (
+                "vllm_importance_sampling_cap",  # sets clip_max, so it is asked about before it
+                "vllm_importance_sampling_correction",
+                "vllm_importance_sampling_mode",
+                "vllm_importance_sampling_clip_max",
+                "vllm_importance_sampling_clip_min",
+            ),
+            _VLLM,
+        ),
+        **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), ("loss_type", {"sapo"})),
+        **dict.fromkeys(
+            ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+            ("loss_type", {"vespo"}),
+        ),
+        **dict.fromkeys(
+            ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+            ("use_adaptive_entropy", {True}),
+        ),
+    },
 }
 
 
@@ -73,6 +118,11 @@ def refuse_options(args: Any) -> None:
             "run is on the CPU; set it to False"
         )
     _refuse_unread(args)
+    if _is_a(args, {"OnlineDPOConfig"}) and args.reward_model_path is not None:
+        raise ValueError(
+            f"reward_model_path={args.reward_model_path!r} would be ignored: rewards come from "
+            "the trainer's argument reward_funcs, which takes a path too"
+        )
     if args.train_sampling_strategy != "random" and _is_a(args, _OWN_SAMPLER):
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not read by this "

@@ -70,7 +70,7 @@ def _floats(tree: Any) -> Iterator[Tensor]:
         if tree.is_floating_point() and tree.numel():
             yield tree
     elif isinstance(tree, dict):
-        for value in tree.values():
+        for value in dict.values(tree):  # an output's field may be called `values`
             yield from _floats(value)
     elif isinstance(tree, list | tuple):
         for value in tree:

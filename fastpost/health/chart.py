@@ -60,10 +60,10 @@ def plot_history(
     rows = -(-len(names) // _COLUMNS)
     figure = Figure(figsize=(_COLUMNS * _INCHES[0], rows * _INCHES[1]), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    axes = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for axis, name in zip(axes, names, strict=False):
         _draw(axis, name, readings, findings)
-    for axis in list(axes)[len(names) :]:
+    for axis in axes[len(names) :]:
         axis.set_visible(False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

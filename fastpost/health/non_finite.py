@@ -52,8 +52,9 @@ class NonFinite:
         if not names:
             return None
         count = sum(self._bad)
+        reached = [name for name, state in report.states.items() if state != GradientState.ABSENT]
         where = f"first '{names[0]}'"
-        if len(names) < len(report.states):
+        if len(names) < len(reached):
             where += f", last '{names[-1]}' (backward came from there)"
         found = culprit()
         options = {} if report.learning_rate is None else {"learning_rate": report.learning_rate}
@@ -61,7 +62,7 @@ class NonFinite:
             self.name,
             report.step,
             "gradients are not finite, the update is left out",
-            f"{len(names)} of {len(report.states)} tensors, {where}"
+            f"{len(names)} of {len(reached)} tensors, {where}"
             + (f"; {found}" if found else "")
             + f"; bad step {count} against {self.max_bad_steps} in {self.window}",
             f"{lower_learning_rate(options)}, bf16 instead of fp16, or fp32 for the part named",

@@ -30,7 +30,7 @@ class RewardHacking:
         window: readings a mean is taken over; one evaluation counts as a mean already.
         significance: standard deviations by which both must have moved since the peak. A peak is
             the luckiest of many means: at 3, 79 % of simulated runs of 300 readings with a level,
-            noisy judge raised a false alarm; at 5, none of 200 did.
+            noisy judge raised a false alarm; at 5, one of 200 did.
         max_kl: nats per token. Per-token KL of RL runs that keep their skills stays below 0.1-0.2.
         max_sequence_kl: nats per completion, where only that is logged; InstructGPT and its
             successors end below 30.

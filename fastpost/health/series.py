@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import deque
 
+_KNOWN_AFTER = 5
+
 
 class Series:
     """Means over the first and the last `window` values, and how far chance moves such a mean.
 
-    Memory is bounded by the window. The noise of a single value is taken from differences of
-    neighbours (von Neumann 1941: σ² = Σ (x_t − x_{t−1})² / 2(n − 1)), which a slow drift, the thing
-    looked for, does not inflate.
+    Memory is bounded by the window. The noise of a single value is taken from second differences,
+    σ² = Σ (x_t − 2 x_{t−1} + x_{t−2})² / 6(n − 2), which a steady drift, the thing looked for, does
+    not inflate.
     """
 
     def __init__(self, window: int) -> None:
@@ -21,11 +23,14 @@ class Series:
         self.count = 0
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=window)
-        self._sum_sq_steps = 0.0
+        self._neighbours: deque[float] = deque(maxlen=2)
+        self._sum_sq_bends = 0.0
 
     def add(self, value: float) -> None:
-        if self._last:
-            self._sum_sq_steps += (value - self._last[-1]) ** 2
+        if len(self._neighbours) == 2:
+            earlier, last = self._neighbours
+            self._sum_sq_bends += (value - 2 * last + earlier) ** 2
+        self._neighbours.append(value)
         if len(self._first) < self.window:
             self._first.append(value)
         self._last.append(value)
@@ -51,10 +56,13 @@ class Series:
 
     @property
     def noise(self) -> float:
-        """Standard deviation, by chance alone, of the difference between two window means."""
-        if self.count < 2:
-            return 0.0
-        of_one = math.sqrt(self._sum_sq_steps / (2 * (self.count - 1)))
+        """Standard deviation, by chance alone, of the difference between two window means.
+
+        Infinite before the fifth value: an estimate from one or two bends is chance itself.
+        """
+        if self.count < _KNOWN_AFTER:
+            return math.inf
+        of_one = math.sqrt(self._sum_sq_bends / (6 * (self.count - 2)))
         return of_one * math.sqrt(2 / self.window)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import GenerationConfig
+
 from fastpost.rollout.interface import Rollout
 
 
@@ -37,6 +39,27 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     found = {tokenizer.eos_token_id}
     found.update(configured if isinstance(configured, list) else [configured])
     return sorted(token for token in found if token is not None)
+
+
+def whole_distribution(**settings: Any) -> GenerationConfig:
+    """Sample from the model's own distribution, whose log-probs are learnt from.
+
+    What is left unset, transformers takes from the model's `generation_config`, and instruction
+    models bring top-p, top-k and a repetition penalty.
+    """
+    return GenerationConfig(
+        do_sample=True,
+        num_beams=1,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        typical_p=1.0,
+        epsilon_cutoff=0.0,
+        eta_cutoff=0.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        **settings,
+    )
 
 
 def sample(
@@ -83,4 +106,4 @@ def _tokens(prompt: Any, tokenizer: Any) -> list[int]:
     )
 
 
-__all__ = ["Samples", "end_token_ids", "sample"]
+__all__ = ["Samples", "end_token_ids", "sample", "whole_distribution"]

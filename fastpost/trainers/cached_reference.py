@@ -152,19 +152,17 @@ class CachedReference:
 
         Whoever passed the model may still hold it.
         """
-        reference, self.ref_model = self.ref_model, None
-        if reference is None:
-            return
-        unwrapped = self.accelerator.unwrap_model(reference)
+        self.ref_model = None  # TRL may have done that already
+        self._is_reference_freed = len(engines) > 1
         for engine in engines[1:]:
             engine.remove()
         del engines[1:]
+        policy = self.accelerator.unwrap_model(self.model)
         self.accelerator._models = [
             model
             for model in self.accelerator._models
-            if model is not reference and model is not unwrapped
+            if self.accelerator.unwrap_model(model) is policy
         ]
-        self._is_reference_freed = True
 
 
 @contextmanager

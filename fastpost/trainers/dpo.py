@@ -100,7 +100,8 @@ class DPOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.DPOTrainer)
             super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
         if self.precompute_ref_logps:
             self._free_reference(engines)
-        drop_reference_adapter(args, self.model)
+        if drop_reference_adapter(args, self.model):
+            self._starts_at_reference = False
         self._take_engines(engines)
         self._guard_reference()
 

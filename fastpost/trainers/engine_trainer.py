@@ -129,6 +129,13 @@ class EngineTrainer(_Trainer):
                 reference = hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
         return describe_run(self.args, self.train_dataset, reference)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers asks whether it is done after a step: a finished run would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler

@@ -16,9 +16,10 @@ forward of their own, because only its rows of the batch need gradients. Data, o
 
 or paired data (`chosen`, `rejected`), from which TRL makes two rows each.
 
-The reference is a frozen copy of the policy, the policy with its adapter off, or log-probs computed
-beforehand. Refused: a reference that is the policy or shares its weights, and DeepSpeed. Checked:
-the reference's weights must be the same at the end as at the beginning.
+The reference (`reference=...`) is a frozen copy of the policy, the policy with its adapter off, or
+log-probs computed beforehand and kept on disk; what is used is logged at start. Refused: a
+reference that is the policy or shares its weights, and DeepSpeed. Checked: the reference's weights
+must be the same at the end as at the beginning.
 """
 
 from __future__ import annotations
@@ -30,12 +31,27 @@ from typing import Any
 
 import torch
 import trl
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from trl.trainer import kto_trainer as trl_kto
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.reference import refuse_shared_reference
+from fastpost.reference_cache import unpadded_row
+from fastpost.references import (
+    ReferenceConfig,
+    check_reference,
+    drop_reference_adapter,
+    frozen_reference,
+    has_adapter,
+)
+from fastpost.trainers.cached_reference import (
+    CachedReference,
+    collated,
+    content_digest_at_seam,
+    with_columns,
+)
 from fastpost.trainers.engine_config import EngineConfig, as_config, refuse_unsupported
 from fastpost.trainers.engine_trainer import EngineTrainer
 from fastpost.trainers.reference_guard import ReferenceGuard
@@ -47,18 +63,19 @@ _TEXT_BATCH = frozenset({*_ROW_FIELDS, *(f"KL_{name}" for name in _ROW_FIELDS), 
 
 
 @dataclass
-class KTOConfig(EngineConfig, trl.KTOConfig):
-    """`trl.KTOConfig` and the fields of the engine."""
+class KTOConfig(EngineConfig, ReferenceConfig, trl.KTOConfig):
+    """`trl.KTOConfig`, the fields of the engine, and `reference`."""
 
 
-class KTOTrainer(ReferenceGuard, EngineTrainer, trl.KTOTrainer):
+class KTOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.KTOTrainer):
     """`trl.KTOTrainer` on the packed, prefix-shared, logit-free forward.
 
-    Overrides `compute_ref_log_probs` and `_compute_loss`, so that the reference takes one forward.
+    Overrides `compute_ref_log_probs` and `_compute_loss`, so that the reference takes one forward,
+    and `_precompute_ref_logps`: log-probs computed beforehand come from the cache on disk.
 
     Raises:
-        ValueError: the reference shares weights with the policy, the data set lacks columns or is
-            empty.
+        ValueError: the reference shares weights with the policy, or is not what `reference` asks
+            for; the data set lacks columns or is empty.
     """
 
     def __init__(
@@ -72,6 +89,8 @@ class KTOTrainer(ReferenceGuard, EngineTrainer, trl.KTOTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_config(args, KTOConfig)
+        adapter = has_adapter(model, kwargs.get("peft_config"))
+        check_reference(args, "KTO", ("base", "frozen", "cached"), adapter, ref_model)
         refuse_unsupported(args)
         refuse_shared_reference(model, ref_model)
         if train_dataset is not None:
@@ -81,10 +100,25 @@ class KTOTrainer(ReferenceGuard, EngineTrainer, trl.KTOTrainer):
                 [["prompt", "completion", "label"], ["chosen", "rejected"]],
                 "KTO",
             )
-        with engine_at_seam(trl_kto, args) as engines:
+        ref_model = frozen_reference(args, model, ref_model, adapter)
+        with engine_at_seam(trl_kto, args) as engines, content_digest_at_seam(trl_kto):
             super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
+        if self.precompute_ref_logps:
+            self._free_reference(engines)
+        drop_reference_adapter(args, self.model)
         self._take_engines(engines)
         self._guard_reference()
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        kinds = {"": "ref_logps"} | ({"KL_": "ref_KL_logps"} if self.calculate_KL else {})
+        rows = [
+            unpadded_row(*(batch[f"{kind}{column}"][0] for column in _ROW_FIELDS))
+            for batch in collated(dataset, self.data_collator)
+            for kind in kinds
+        ]
+        logps = self._cached_reference_logps(rows, len(kinds) * batch_size, name)
+        columns = {column: logps[i :: len(kinds)] for i, column in enumerate(kinds.values())}
+        return with_columns(dataset, columns)
 
     def compute_ref_log_probs(
         self, model: Any, inputs: dict[str, Any]

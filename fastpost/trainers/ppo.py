@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
+from fastpost.guards.options import refuse_options
 from fastpost.guards.reference import ReferenceUnchanged, refuse_shared_reference
 from fastpost.losses import kl_k2, mean_entropy, ppo_loss, value_loss
 from fastpost.losses.sequence import scored, token_mean
@@ -97,6 +98,7 @@ class PPOTrainer(PPORollouts, EngineTrainer, Trainer):
     ) -> None:
         args = as_config(args, PPOConfig)
         refuse_unsupported(args)
+        refuse_options(args)
         refuse_ppo_settings(args, train_dataset)
         require_rows(train_dataset, "train_dataset")
         require_columns(column_names(train_dataset), [["prompt"]], "PPO")
@@ -139,6 +141,7 @@ class PPOTrainer(PPORollouts, EngineTrainer, Trainer):
             if frozen is not None:
                 frozen.to(self.accelerator.device)
         self._prepare_rollouts(base)
+        self._get_train_sampler()  # refuses a data set that is too small for one rollout
         self._take_engines(self._engines)
         self.add_callback(ReferenceUnchanged(self._reference_tensors))
 

@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 from fastpost.rollout.rollout_config import RolloutConfig
 from fastpost.trainers.engine_config import EngineConfig
 
+_KL_HORIZON = 10_000
+
 
 def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -56,7 +58,7 @@ class PPOConfig(EngineConfig, RolloutConfig, TrainingArguments):
     num_mini_batches: int = _field(1, "Optimizer steps of one pass over a rollout.")
     kl_coef: float = _field(0.05, "Weight of the KL to the reference. 0: no reference.")
     kl_target: float | None = _field(None, "KL per completion (nats) to steer kl_coef to.")
-    kl_horizon: int = _field(10_000, "Completions over which kl_coef moves by a fifth.")
+    kl_horizon: int = _field(_KL_HORIZON, "Completions over which kl_coef moves by a fifth.")
     gamma: float = _field(1.0, "Discount per token.")
     lam: float = _field(0.95, "Lambda of generalised advantage estimation.")
     cliprange: float = _field(0.2, "Half-width of the interval of ratios that teach.")
@@ -90,14 +92,21 @@ class PPOConfig(EngineConfig, RolloutConfig, TrainingArguments):
                 "kl_target steers kl_coef by a factor, which leaves kl_coef=0 at 0; start from "
                 "kl_coef > 0"
             )
-        for name, why in {
-            "auto_find_batch_size": "a rollout is cut into batches of a known size",
-            "neftune_noise_alpha": "noise makes the ratio of two equal policies differ from 1",
-            "use_liger_kernel": "it replaces the forward that log-probs come from",
-            "label_smoothing_factor": "there are no labels",
-        }.items():
-            if getattr(self, name):
-                raise ValueError(f"{name} cannot be used with PPO: {why}. Leave it at its default")
+        if self.kl_target is None and self.kl_horizon != _KL_HORIZON:
+            raise ValueError(
+                f"kl_horizon={self.kl_horizon} would be ignored: kl_coef is only steered towards a "
+                "kl_target. Set kl_target, or leave kl_horizon out"
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size cannot be used with PPO, whose rollouts are cut into batches "
+                "of a known size; set per_device_train_batch_size"
+            )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} is not read by "
+                "PPOTrainer, which draws prompts in a new order every epoch; leave it out"
+            )
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns must be False: reward functions get the columns"

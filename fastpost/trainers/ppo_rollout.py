@@ -16,7 +16,6 @@ from warnings import warn
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import GenerationConfig
 from trl.models import unwrap_model_for_generation
 
 from fastpost.losses import kl_k1
@@ -26,7 +25,7 @@ from fastpost.ppo.completions import Batch, TokenScores, lay_out, token_scores_i
 from fastpost.ppo.experience import NUM_TOKENS, MinibatchOrder, experience, explained_variance
 from fastpost.ppo.kl_control import KLController
 from fastpost.ppo.reward_scores import RewardScores
-from fastpost.ppo.samples import Samples, end_token_ids, sample
+from fastpost.ppo.samples import Samples, end_token_ids, sample, whole_distribution
 from fastpost.rollout.interface import Rollout
 from fastpost.rollout.mismatch import MismatchMeter
 from fastpost.rollout.transformers_rollout import TransformersRollout
@@ -70,10 +69,8 @@ class PPORollouts:
         self._mismatch = MismatchMeter(args.rollout_mismatch_limit)
         self.rollout = TransformersRollout(
             self._lend_policy,
-            GenerationConfig(
-                do_sample=True,
+            whole_distribution(
                 temperature=args.temperature,
-                top_k=0,
                 max_new_tokens=args.max_completion_length,
                 pad_token_id=self.processing_class.pad_token_id,
                 eos_token_id=self._eos_token_ids,

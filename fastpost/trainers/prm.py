@@ -14,9 +14,9 @@ Rows of one problem share their beginnings where they meet in a batch: put them 
 and set `train_sampling_strategy="sequential"`. Scores are read with `fastpost.process_reward`.
 
 Refused: rows without steps or with a blank one, labels that do not match the steps or lie outside
-0 to 1, a model with another number of labels than one, an adapter that would leave the head random
-on reload, `memory_budget_gb` (there is no language-model head), DeepSpeed. Reported: steps that
-`max_length` cuts off.
+0 to 1, a model with another number of labels than one or that is no decoder, an adapter that would
+leave the head random on reload, `memory_budget_gb` (there is no language-model head), DeepSpeed.
+Reported: steps that `max_length` cuts off.
 """
 
 from __future__ import annotations
@@ -167,7 +167,14 @@ class PRMTrainer(EngineTrainer, Trainer):
         )
         # Passes the number of steps in the accumulated batch to `compute_loss`.
         self.model_accepts_loss_kwargs = True
-        self._take_engines([accelerate_pooled(self.model, prefix_sharing=args.prefix_sharing)])
+        engine = accelerate_pooled(self.model, prefix_sharing=args.prefix_sharing)
+        if engine.unpoolable_reason is not None:
+            engine.remove()
+            raise ValueError(
+                f"this model cannot score steps: {engine.unpoolable_reason}. Use the token "
+                "classifier of a decoder such as Llama, Qwen, Mistral or Gemma"
+            )
+        self._take_engines([engine])
 
     def _prepare(self, dataset: Any, args: PRMConfig, name: str, is_train: bool) -> Dataset:
         """Tokenise, cut at `max_length`, drop rows without a labelled step, and report."""

@@ -283,6 +283,10 @@ def test_rows_from_messages_and_from_prompt_and_completion() -> None:
     assert last["assistant_masks"] == render_with_mask(tokenizer, CHAT, scored_from=3)[1]
     both = mask_assistant_turns(Dataset.from_list(split), tokenizer, completion_only=False)[0]
     assert both["assistant_masks"] == whole[0]["assistant_masks"]
+    shared = [{"from": m["role"], "value": m["content"]} for m in CHAT]
+    shared = Dataset.from_list([{"conversations": shared}])
+    assert mask_assistant_turns(shared, tokenizer)[0] == whole[0]
+    assert mask_assistant_turns(whole, tokenizer) is whole
     stream = mask_assistant_turns(IterableDataset.from_generator(lambda: iter(split)), tokenizer)
     assert next(iter(stream)) == last
 

@@ -1,106 +1,242 @@
-"""The Triton kernels compiled for sm_80, sm_90 and sm_100, without a GPU.
+"""Every Triton kernel compiled for GPUs that are not there, by `python -m bench.static`.
 
-Memory-bound kernels must load 128 bits at a time and keep everything in registers. A process of its
-own compiles: in this one Triton interprets. Resources are read from the machine code by Triton's
-bundled cuobjdump.
+Nothing may spill; what multiplies matrices must do so on tensor cores, what is bound by memory must
+load 128 bits at a time. A process of its own compiles: in this one Triton interprets.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-COMPILE = r"""
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastpost_kernels import _vocab_passes_triton as passes
+from bench import registry
+from bench.static.compilation import compiler_cache
+from bench.static.machine_code import read_amd, read_sass
+from bench.static.processors import PROCESSORS, predict
+from fastpost_kernels import _prefix_costs, _vocab_tiles, _vocab_workspace
 
-TYPES = {"tile_ptr": "*bf16", "targets_ptr": "*i64", "first_col": "i32", "n_cols": "i32",
-         "logit_scale": "fp32", "softcap": "fp32", "inv_temperature": "fp32",
-         "stride_tile": "i32", "stride_state": "i32", "stride_coefs": "i32"}
-ALL = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_MOMENTS": True, "HAS_TOP1": True,
-       "STORE_EXP": True, "MAX_LAG": 30.0}
-KERNELS = [
-    (passes._linear_logprob_fold_kernel, ALL | {"BLOCK_V": passes.MAX_FOLD_COLS}, 8),
-    (passes._linear_logprob_gradient_kernel, ALL | {"BLOCK_V": passes.GRADIENT_BLOCK}, 4),
-    (passes._linear_logprob_rescale_kernel, {"BLOCK_N": passes.RESCALE_BLOCK}, 4),
-]
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-found = []
-for kernel, constants, warps in KERNELS:
-    names = kernel.arg_names
-    constants = {k: v for k, v in constants.items() if k in names}
-    signature = {n: "constexpr" if n in constants else TYPES.get(n, "*fp32") for n in names}
-    aligned = [n for n in names if n.endswith("_ptr") or n.startswith("stride") or n == "n_cols"]
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    for capability in (80, 90, 100):
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-        target = GPUTarget("cuda", capability, 32)
-        compiled = triton.compile(source, target=target, options={"num_warps": warps})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            dump = lambda flag: subprocess.run(
-                [TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            usage, sass = dump("--dump-resource-usage"), dump("-sass")
-        number = lambda name: int(re.search(name + r":(\d+)", usage).group(1))
-        found.append({
-            "kernel": kernel.__name__, "capability": capability, "registers": number("REG"),
-            "stack": number("STACK"), "local": number("LOCAL"),
-            "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-            "wide_loads": len(re.findall(r"\bLDG\.E[.A-Z]*\.128", sass)),
-            "wide_stores": len(re.findall(r"\bSTG\.E[.A-Z]*\.128", sass)),
-            "wide_addresses": "i64" in compiled.asm["ttir"] and "extsi" in compiled.asm["ttir"],
-        })
-print(json.dumps(found))
-"""
+ROOT = Path(__file__).parents[2]
+KERNEL_FOLDER = ROOT / "kernels" / "torch-ext" / "fastpost_kernels"
+TENSOR_CORES = dict.fromkeys(("sm_80", "sm_89", "sm_120"), "mma.sync") | {
+    "sm_90": "wgmma",
+    "sm_100": "tcgen05",
+    "gfx942": "mfma",
+}
+OURS = [kernel for kernel in registry.KERNELS if kernel.package == "fastpost"]
+
+Rows = list[dict[str, Any]]
+
+
+def compile_all(folder: Path, *options: str) -> Rows:
+    """Rows that bench.static writes."""
+    output = folder / "static.json"
+    command = [sys.executable, "-m", "bench.static", "--output", str(output), *options]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows: Rows = json.loads(output.read_text())["results"]
+    return rows
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Every kernel on every target, compiled in a process without the interpreter."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """Every kernel of ours for sm_90, at one shape, without and with every option."""
     folder = tmp_path_factory.mktemp("static")
-    script: Path = folder / "compile_kernels.py"
-    script.write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache")}
-    run = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    return compile_all(folder, "--ours", "--quick", "--targets", "sm_90")
+
+
+def assert_no_kernel_is_missing(rows: Rows, targets: set[str]) -> None:
+    assert [row for row in rows if "failed" in row] == []
+    expected = {(kernel.name, target) for kernel in OURS for target in targets}
+    assert {(row["kernel"], row["target"]) for row in rows} == expected
+
+
+def assert_compiled_well(rows: Rows) -> None:
+    for row in rows:
+        assert row["spilled_bytes"] == 0 and "spill" not in row["instructions"], row
+        assert row["blocks_per_sm"] >= 1, row
+        assert row["has_64_bit_offsets"], row
+        if row["is_gemm"]:
+            # only the newest kind: no product fell back to an older one
+            assert set(row["tensor_cores"]) == {TENSOR_CORES[row["target"]]}, row
+        else:
+            assert row["wide_load_share"] >= 0.5, row
+            assert row["registers"] <= 128, row
+            is_stored = "statistics only" not in row["shape"]
+            assert "16" in row["store_widths"] or not is_stored, row
+
+
+def test_every_kernel_compiles_for_sm_90(compiled: Rows) -> None:
+    assert_no_kernel_is_missing(compiled, {"sm_90"})
+
+
+def test_no_spills_wgmma_and_wide_loads(compiled: Rows) -> None:
+    assert_compiled_well(compiled)
+
+
+def test_flops_are_those_of_the_op(compiled: Rows) -> None:
+    """The forward's are the registered formula's; the backward's two kernels share two products."""
+    flops = {row["kernel"]: row["flops"] for row in compiled if row["shape"] == "D 128"}
+    segments = registry.attention_segments()
+    tokens = int(segments[0, 2])
+    heads = (registry.QUERY_HEADS, registry.KEY_HEADS, registry.KEY_HEADS)
+    query, key, value = (torch.empty(n, tokens, 128, device="meta") for n in heads)
+    forward = _prefix_costs.forward_flops(
+        query, key, value, segments, None, 1.0, None, None, "triton"
     )
-    assert run.returncode == 0, run.stderr
-    found: list[dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
+    assert flops["prefix_attention_fwd_kernel"] == forward
+    backward = _prefix_costs.backward_flops(
+        query, query, key, value, query, query[..., 0], segments, 1.0, None, None, "triton"
+    )
+    twice = forward  # q·k and dO·v, at equal sizes of head and value as much as the forward
+    assert (
+        flops["prefix_attention_bwd_query_kernel"] + flops["prefix_attention_bwd_key_kernel"]
+        == backward + twice
+    )
+
+
+@pytest.mark.slow
+def test_every_shape_on_every_target(tmp_path: Path) -> None:
+    rows = compile_all(tmp_path, "--ours")
+    assert_no_kernel_is_missing(rows, set(PROCESSORS))
+    assert_compiled_well(rows)
+    for kernel in OURS:
+        shapes = {row["shape"] for row in rows if row["kernel"] == kernel.name}
+        assert all(any(s.startswith(case.shape) for s in shapes) for case in kernel.cases)
+
+
+def jit_kernels() -> set[str]:
+    """Names of jit functions that are launched, by their ending."""
+    found = set()
+    for path in KERNEL_FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                decorators = " ".join(ast.unparse(d) for d in node.decorator_list)
+                if "triton.jit" in decorators:
+                    found.add(f"fastpost_kernels.{path.stem}:{node.name}")
     return found
 
 
-def test_compiles_for_three_generations(compiled: list[dict[str, Any]]) -> None:
-    assert {(x["kernel"], x["capability"]) for x in compiled} == {
-        (f"_linear_logprob_{name}_kernel", capability)
-        for name in ("fold", "gradient", "rescale")
-        for capability in (80, 90, 100)
-    }
+def test_the_registry_lists_every_kernel_of_ours() -> None:
+    assert {kernel.source for kernel in OURS} == jit_kernels()
+    assert len(OURS) == 6
 
 
-def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
-    for kernel in compiled:
-        assert kernel["stack"] == kernel["local"] == kernel["spills"] == 0, kernel
-        assert kernel["registers"] <= 128, kernel
+def test_peers_are_rows_of_the_registry() -> None:
+    sources = {kernel.source for kernel in registry.KERNELS}
+    assert len(sources) == len(registry.KERNELS)
+    for kernel in OURS:
+        assert set(kernel.peers) <= sources
+        assert all(registry.find(peer).package != "fastpost" for peer in kernel.peers)
 
 
-def test_loads_and_stores_are_128_bits_wide(compiled: list[dict[str, Any]]) -> None:
-    for kernel in compiled:
-        assert kernel["wide_loads"] > 0 and kernel["wide_stores"] > 0, kernel
+@pytest.mark.parametrize("vocab", registry.VOCABS)
+@pytest.mark.parametrize("width", registry.WIDTHS)
+def test_the_registered_tile_is_the_planned_one(width: int, vocab: int) -> None:
+    budget = _vocab_tiles.default_budget("cuda")
+    for with_acc in (False, True):
+        plan = _vocab_workspace.fold_plan(
+            registry.ROWS, vocab, width, torch.bfloat16, with_acc, budget
+        )
+        assert plan == (registry.TILE, registry.TILE)
 
 
-def test_row_offsets_are_64_bits_wide(compiled: list[dict[str, Any]]) -> None:
-    for kernel in compiled:
-        assert kernel["wide_addresses"], kernel
+def test_the_stored_results_hold_every_kernel() -> None:
+    stored = json.loads((ROOT / "bench" / "results" / "static.json").read_text())
+    ours = [row for row in stored["results"] if row["package"] == "fastpost"]
+    assert_no_kernel_is_missing(ours, set(PROCESSORS))
+    assert_compiled_well(ours)
+    assert "never measured" in stored["prediction"]["model"]
+
+
+@pytest.mark.parametrize(
+    ("target", "warps", "registers", "shared", "blocks", "limit"),
+    [
+        ("sm_90", 4, 32, 0, 16, "warps"),
+        ("sm_90", 8, 224, 98_304, 1, "registers"),
+        ("sm_90", 4, 32, 100_000, 2, "shared memory"),
+        ("sm_90", 4, 32, 227 * 1024 + 1, 0, "shared memory"),
+        ("sm_80", 4, 33, 0, 12, "registers"),  # 40 registers after rounding: 48 warps
+        ("gfx942", 4, 257, 0, 1, "registers"),
+        ("gfx942", 8, 64, 32_768, 2, "shared memory"),
+    ],
+)
+def test_occupancy(
+    target: str, warps: int, registers: int, shared: int, blocks: int, limit: str
+) -> None:
+    processor = PROCESSORS[target]
+    found = processor.occupancy(warps, registers, shared)
+    assert (found.blocks, found.limit) == (blocks, limit)
+    assert found.share == blocks * warps / processor.warps
+
+
+def test_tensor_memory_limits_occupancy() -> None:
+    found = PROCESSORS["sm_100"].occupancy(4, 32, 0, tensor_memory=256)
+    assert (found.blocks, found.limit) == (2, "tensor memory")
+
+
+def test_the_prediction_is_the_slower_of_both_roofs() -> None:
+    assert predict(flops=750_000_000, moved=3) == (pytest.approx(1.0), "tensor cores")
+    assert predict(flops=0, moved=6_000_000) == (pytest.approx(2.0), "memory")
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */
+                                                            /* 0x000ff00000000800 */
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0030*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0040*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0050*/                   LDGDEPBAR ;
+        /*0060*/                   STL.64 [R1], R4 ;
+        /*0070*/             @!UP1 HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0080*/                   HMMA.16816.F32.BF16 R4, R4, R6, R8 ;
+        /*0090*/                   UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;
+        /*00a0*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+"""
+
+
+def test_sass_is_read() -> None:
+    found = read_sass("REG:42 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:560", SASS)
+    assert (found.registers, found.spilled_bytes) == (42, 16)
+    assert found.load_widths == {16: 2, 2: 1, 4: 1} and found.store_widths == {8: 1}
+    assert found.wide_load_share == 32 / 38
+    expected = {"spill": 1, "wgmma": 1, "mma.sync": 1, "tcgen05": 1, "barrier": 1, "other": 1}
+    assert {k: found.instructions[k] for k in expected} == expected
+    assert sum(found.instructions.values()) == 11
+
+
+AMD = """
+	buffer_load_dwordx4 v[6:9], v1, s[4:7], 0 offen
+	global_load_ushort v5, v[2:3], off
+	v_mfma_f32_32x32x8_bf16 a[0:15], v[2:3], v[4:5], a[0:15]
+	scratch_store_dword off, v1, s33
+    .private_segment_fixed_size: 24
+    .vgpr_count:     300
+"""
+
+
+def test_amd_assembly_is_read() -> None:
+    found = read_amd(AMD)
+    assert (found.registers, found.spilled_bytes) == (300, 24)
+    assert found.load_widths == {16: 1, 2: 1}
+    assert found.instructions == {"global load": 2, "mfma": 1, "spill": 1}
+
+
+def test_an_interpreting_process_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match=re.escape("TRITON_INTERPRET=1")),
+        compiler_cache(tmp_path),
+    ):
+        pass

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "PRM": ("PRM", {}, {}),
     "GRPO": ("GRPO", {"beta": 0.1}, {}),
     "RLOO": ("RLOO", {}, {}),
+    "OnlineDPO": ("OnlineDPO", {}, {}),
     "PPO": ("PPO", {}, {}),
 }
 

@@ -46,7 +46,8 @@ class Watch:
         layers = next(m for n, m in model.named_modules() if n.endswith("layers") and len(m))
         self.handles += [
             model.register_forward_pre_hook(note, with_kwargs=True),
-            layers[0].register_forward_pre_hook(count),
+            # Below the layer itself: a recomputed layer runs without its own hooks.
+            *(next(layer.children()).register_forward_pre_hook(count) for layer in layers),
         ]
 
 
@@ -58,7 +59,7 @@ def run(
     Returns:
         Facets: `loss`, `metrics` (all logged numbers without clocks), `gradients` of the first
         step after clipping, `weights` at the end, `batches` (what the training step was given),
-        `forwards` (token ids the watched models saw), `layers` (runs of their first layer),
+        `forwards` (token ids the watched models saw), `layers` (runs of their layers),
         `engine` (its settings and token counts), `files` written, `calls` of libraries below,
         `printed` text.
     """

@@ -27,7 +27,9 @@ NUM_ROWS = 12
 
 @cache
 def tokenizer() -> Any:
-    return conftest.tokenizer.__wrapped__()
+    found = conftest.tokenizer.__wrapped__()
+    found.chat_template += "{% if loud %}!{% endif %}"  # for `chat_template_kwargs`
+    return found
 
 
 @cache
@@ -104,10 +106,6 @@ class Method:
     options: Callable[[torch.dtype], dict[str, Any]] = lambda dtype: {}
 
     @property
-    def trainer_class(self) -> Any:
-        return getattr(fastpost, f"{self.name}Trainer")
-
-    @property
     def config_class(self) -> Any:
         return getattr(fastpost, f"{self.name}Config")
 
@@ -135,6 +133,12 @@ METHODS = {
         Method("PRM", step_rows, model=classifier(LlamaForTokenClassification, 1)),
         Method("GRPO", prompt_rows, settings=ROLLOUT, options=a_reward),
         Method("RLOO", prompt_rows, settings=ROLLOUT, options=a_reward),
+        Method(
+            "OnlineDPO",
+            prompt_rows,
+            settings={"max_new_tokens": 8, "max_length": 64, "temperature": 1.0},
+            options=a_reward,
+        ),
         Method("PPO", prompt_rows, settings=ROLLOUT, options=a_reward),
     )
 }
@@ -157,6 +161,7 @@ def settings_of(method: Method, output_dir: Path, **config: Any) -> dict[str, An
             "per_device_train_batch_size": 4,
             "max_steps": 1,
             "learning_rate": 3e-4,
+            "max_grad_norm": 0.0,  # clipping would hide a factor
             "logging_steps": 1,
             "report_to": [],
             "save_strategy": "no",
@@ -173,19 +178,26 @@ def settings_of(method: Method, output_dir: Path, **config: Any) -> dict[str, An
 
 def build_trainer(
     method: Method,
-    config: dict[str, Any],
+    config: Any,
     model: Any,
     data: Dataset | None = None,
+    library: Any = fastpost,
     **options: Any,
 ) -> Any:
-    """The method's trainer, with a `Trace`. `model` is trained as it is, a path is loaded."""
+    """The method's trainer, with a `Trace`. `model` is trained as it is, a path is loaded.
+
+    `config` holds the fields of its configuration, or is one. `library` is `trl` for a trainer of
+    TRL's.
+    """
+    if isinstance(config, dict):
+        config = getattr(library, f"{method.name}Config")(**config)
     trace = conftest.Trace()
     dtype = torch.float32 if isinstance(model, str) else model.dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = method.trainer_class(
+        trainer = getattr(library, f"{method.name}Trainer")(
             model,
-            args=method.config_class(**config),
+            args=config,
             train_dataset=method.data() if data is None else data,
             processing_class=copy.deepcopy(tokenizer()),  # trainers set its special tokens
             callbacks=[trace],

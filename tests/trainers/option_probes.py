@@ -19,9 +19,11 @@ class Changes:
 
     Attributes:
         facet: of the footprint (`footprint.run`).
-        value: given to the field; the other run has the default, or `instead_of`.
+        value: given to the field.
         under: fields of both runs.
         setup: what both runs are built on (`test_options.SETUPS`).
+        instead_of: the field in the other run, None for its default.
+        along: fields that go with the value, in its run only.
     """
 
     facet: str
@@ -29,6 +31,7 @@ class Changes:
     under: dict[str, Any] = field(default_factory=dict)
     setup: str = "plain"
     instead_of: Any = None
+    along: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ class SameRun:
 
 
 @dataclass(frozen=True)
-class TestedBy:
+class ShownBy:
     """Another test shows it: `path::name`."""
 
     test: str
 
 
-Probe = Changes | Refused | SameRun | TestedBy
+Probe = Changes | Refused | SameRun | ShownBy
 
 ENGINE: dict[str, Probe] = {
     "prefix_sharing": Changes("engine", False),
@@ -76,12 +79,15 @@ OFFLOADING: dict[str, Probe] = {
     "activation_offloading": Refused(True, "activation_offloading"),
 }
 REFERENCE: dict[str, Probe] = {
+    "reference": Changes("batches", "cached"),
     "precompute_ref_log_probs": Changes("forwards", True),
     "precompute_ref_batch_size": Changes("forwards", 3, {"precompute_ref_log_probs": True}),
 }
-SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 2, "learning_rate": 0.01}
+TWO_STEPS = {"max_steps": 2, "learning_rate": 0.01}
+SYNC = {**TWO_STEPS, "sync_ref_model": True, "ref_model_sync_steps": 1}
 SYNCED_REFERENCE: dict[str, Probe] = {
-    "sync_ref_model": Changes("loss", True, {k: v for k, v in SYNC.items() if k[:4] != "sync"}),
+    "reference": Changes("batches", "cached"),
+    "sync_ref_model": Changes("loss", True, TWO_STEPS, along={"ref_model_sync_steps": 1}),
     "ref_model_mixup_alpha": Changes("loss", 0.1, SYNC),
     "ref_model_sync_steps": Changes("loss", 2, SYNC),
 }
@@ -157,7 +163,7 @@ KTO: dict[str, Probe] = {
     **REFERENCE,
     **SYNCED_REFERENCE,
     "disable_dropout": Changes("loss", False, setup="dropout"),
-    "loss_type": Changes("loss", "apo_zero_unpaired"),
+    "loss_type": Changes("forwards", "apo_zero_unpaired"),
     "beta": Changes("loss", 0.3),
     "desirable_weight": Changes("loss", 2.0),
     "undesirable_weight": Changes("loss", 2.0),
@@ -189,11 +195,40 @@ ORPO: dict[str, Probe] = {
     "padding_value": Changes("forwards", 5),
 }
 
+NO_HEAD: dict[str, Probe] = {
+    "prefix_sharing": ENGINE["prefix_sharing"],
+    "memory_budget_gb": Refused(1.0, "memory_budget_gb"),
+}
+
+REWARD: dict[str, Probe] = {
+    **NO_HEAD,
+    **LOADING,
+    **OFFLOADING,
+    **DATASET_PROCESSES,
+    "pad_to_multiple_of": Changes("batches", 128),
+    "max_length": Changes("batches", 60),
+    "chat_template_path": Changes("batches", CHAT_TEMPLATE_FILE),
+    "eos_token": Changes("batches", "!", setup="text pairs"),
+    "pad_token": Changes("batches", "!"),
+    "disable_dropout": Changes("loss", False, setup="dropout"),
+    "center_rewards_coefficient": Changes("loss", 0.5),
+}
+
+PRM: dict[str, Probe] = {
+    **NO_HEAD,
+    **DATASET_PROCESSES,
+    "max_length": Changes("batches", 40),
+    "step_separator": Changes("batches", "##"),
+    "train_on_last_step_only": Changes("loss", True),
+    "disable_dropout": Changes("loss", False, setup="dropout"),
+}
+
 PROBES: dict[str, dict[str, Probe]] = {
     "SFT": SFT,
     "DPO": DPO,
     "KTO": KTO,
     "CPO": CPO,
     "ORPO": ORPO,
-    "Reward": {}, "PRM": {}, "GRPO": {}, "RLOO": {}, "PPO": {},
+    "Reward": REWARD,
+    "PRM": PRM,
 }

@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         {},
         12,
     ),
+    "KTO-cached": ("KTO", {"reference": "cached"}, {"ref_model": None}, 12),
     **{name: (name, {}, {}, 12) for name in METHODS if name not in ("SFT", "DPO", "GRPO", "RLOO")},
     **{name: (name, _CYCLE, {}, 4) for name in METHODS if name in ("GRPO", "RLOO")},
 }

@@ -16,7 +16,7 @@ import fastpost
 from fastpost.rollout.cast_copy import CastCopy
 from fastpost.rollout.vllm_rollout import VLLMRollout
 from fastpost.scoring import FastpostWarning
-from tests.trainers.fixed_samples import uneven_reward
+from tests.trainers.fixed_samples import FixedSamples, uneven_reward
 from tests.trainers.group_runs import GROUP, LORA, SETTINGS, model_from_folder
 
 METHODS = {
@@ -211,6 +211,55 @@ def test_what_cannot_be_honoured_is_refused(saved_model, prompts, tokenizer, tmp
         use_transformers_continuous_batching=True,
         bf16=True,
     )
+
+
+@pytest.mark.parametrize("reason", ["multimodal prompts", "tools or environments"])
+def test_what_is_not_text_is_sampled_by_trl_and_counted(
+    reason, saved_model, prompts, tokenizer, tmp_path, monkeypatch
+) -> None:
+    trainer = grpo(saved_model, tokenizer, prompts, tmp_path, rollout_dtype="bfloat16")
+    asked = []
+    monkeypatch.setattr(
+        trl.GRPOTrainer, "_generate_single_turn", lambda trainer, *call: asked.append(call)
+    )
+    fields: dict[str, Any] = {"token_type_ids": [[0, 0]]} if reason == "multimodal prompts" else {}
+    if not fields:
+        trainer.tools = [a_tool]
+    with pytest.warns(FastpostWarning, match=f"TRL's own rollout ran.*{reason}"):
+        trainer._generate_single_turn([[5, 6]], None, fields, 2)
+    assert asked == [([[5, 6]], None, fields, 2, False)]
+    assert [*trainer.engine.fallbacks.values()] == [1] and reason in trainer.engine.report()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_is_that_of_trl(method, saved_model, prompts, tokenizer, tmp_path) -> None:
+    ours, config_class, stock, stock_config = METHODS[method]
+    found = []
+    for trainer_class, config in ((ours, config_class), (stock, stock_config)):
+        trainer = FixedSamples(saved_model.config.vocab_size).grouped(trainer_class)(
+            copy.deepcopy(saved_model),
+            uneven_reward,
+            config(
+                str(tmp_path),
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                beta=0.1,
+                eval_strategy="steps",
+                num_generations_eval=2,
+                per_device_eval_batch_size=4,
+                **SETTINGS,
+            ),
+            prompts,
+            prompts.select(range(4)),
+            processing_class=tokenizer,
+        )
+        trainer.model.get_input_embeddings().weight.data.mul_(1.01)  # the reference is another now
+        found.append(trainer.evaluate())
+    timed = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    for name in found[1].keys() - timed:
+        assert found[0][name] == pytest.approx(found[1][name], abs=1e-5), name
+    assert found[0]["eval_reward_std"] > 0 and found[0].keys() == found[1].keys()
 
 
 def test_a_reference_that_is_not_the_policy_is_warned_of(

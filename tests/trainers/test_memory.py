@@ -72,7 +72,13 @@ def largest_tensor(name: str, vocab: int, folder: Any, **config: Any) -> Largest
     return largest
 
 
-@pytest.mark.parametrize("name", METHODS)
+FAST = {"SFT", "DPO", "GRPO"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in FAST else pytest.mark.slow, id=n) for n in METHODS],
+)
 def test_largest_tensor_does_not_grow_with_the_vocabulary(name, tmp_path) -> None:
     small = largest_tensor(name, VOCAB, tmp_path)
     large = largest_tensor(name, 4 * VOCAB, tmp_path)

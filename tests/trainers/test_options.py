@@ -3,155 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+import trl
+from trl.experimental import cpo, online_dpo, orpo
 
-from tests.trainers import footprint, methods
+from tests.trainers import footprint, methods, option_probes, option_probes_online
 from tests.trainers.methods import METHODS
-from tests.trainers.option_probes import (
-    CHAT_TEMPLATE_FILE,
-    PROBES,
-    Changes,
-    Probe,
-    Refused,
-    SameRun,
-    TestedBy,
-)
+from tests.trainers.option_probes import Changes, Probe, Refused, SameRun, ShownBy
+from tests.trainers.option_runs import Runs
 
+PROBES = option_probes.PROBES | option_probes_online.PROBES
 BASE_FIELDS = {f.name for f in dataclasses.fields(transformers.TrainingArguments) if f.init}
 ROOT = Path(__file__).parents[2]
-
-
-def experts(**_: Any) -> Any:
-    torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=len(methods.tokenizer()),
-            hidden_size=32,
-            intermediate_size=64,
-            moe_intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=16,
-            num_experts=4,
-            num_experts_per_tok=2,
-            pad_token_id=0,
-            eos_token_id=2,
-            max_position_embeddings=512,
-        )
-    )
-
-
-def two_texts() -> Dataset:
-    rows = methods.preference_rows()
-    return Dataset.from_list(
-        [{"text": f"one {i} and so on", "other": f"other {i}!"} for i in range(len(rows))]
-    )
-
-
-def tokenised() -> Dataset:
-    ids = [[3 + (i * j) % 200 for j in range(1, 12)] for i in range(methods.NUM_ROWS)]
-    return Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
-
-
-def messages() -> Dataset:
-    return Dataset.from_list(
-        [{"messages": r["prompt"] + r["completion"]} for r in methods.prompt_completion_rows()]
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a probe's two runs are built on, where it is not the method's own."""
-
-    model: Any = None
-    data: Any = None
-    peft: Any = None
-    evaluates: bool = False
-    from_disk: bool = False
-
-
-SETUPS = {
-    "plain": Setup(),
-    "saved model": Setup(from_disk=True),
-    "dropout": Setup(
-        peft=LoraConfig(
-            r=4, lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
-        )
-    ),
-    "experts": Setup(model=experts),
-    "two texts": Setup(data=two_texts),
-    "tokenised": Setup(data=tokenised),
-    "messages": Setup(data=messages),
-    "evaluates": Setup(evaluates=True),
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("options")
-
-
-class Runs:
-    """Footprints of runs, each combination of options run once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.template = folder / "template.jinja"
-        self.template.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
-        self._known: dict[str, dict[str, Any]] = {}
-        self._count = itertools.count()
-
-    def footprint(self, name: str, setup: str, config: dict[str, Any]) -> dict[str, Any]:
-        key = json.dumps([name, setup, sorted(config.items())], default=str)
-        if key not in self._known:
-            self._known[key] = self.run(name, setup, config)
-        return self._known[key]
-
-    def run(self, name: str, setup_name: str, config: dict[str, Any]) -> dict[str, Any]:
-        method, setup = METHODS[name], SETUPS[setup_name]
-        output_dir = self.folder / f"run-{next(self._count)}"
-        config = {
-            k: str(self.template) if v == CHAT_TEMPLATE_FILE else v for k, v in config.items()
-        }
-        options: dict[str, Any] = {}
-        data = method.data() if setup.data is None else setup.data()
-        if setup.evaluates:
-            options["eval_dataset"] = data
-        if setup.peft is not None:
-            options |= {"peft_config": setup.peft, "ref_model": None}
-        saved, watch = methods.saved_model(name, self.folder), footprint.Watch()
-        model: Any = str(saved)
-        if not setup.from_disk:
-            model = (setup.model or method.model)()
-            model.config._name_or_path = str(saved)
-            watch.follow(model)
-        options = method.options(torch.float32) | options
-        if options.get("ref_model") is None:
-            options.pop("ref_model", None)
-        else:
-            if setup.model is not None:
-                options["ref_model"] = setup.model()
-            watch.follow(options["ref_model"])
-        printed = io.StringIO()
-        with footprint.recorded_calls() as calls:
-            settings = methods.settings_of(method, output_dir, **config)
-            trainer = methods.build_trainer(method, settings, model, data, **options)
-            try:
-                return footprint.run(trainer, watch, calls, printed)
-            finally:
-                trainer.engine.remove()
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +47,14 @@ def test_equal_options_leave_equal_footprints(name, runs) -> None:
 
 
 def cases() -> list[Any]:
-    return [
-        pytest.param(name, option, probe, id=f"{name}-{option}")
-        for name in METHODS
-        for option, probe in PROBES[name].items()
-    ]
+    """Runs of the two methods everybody uses are fast tests; refusals cost nothing."""
+    found = []
+    for name in METHODS:
+        for option, probe in PROBES[name].items():
+            runs_twice = isinstance(probe, Changes | SameRun)
+            marks = pytest.mark.slow if runs_twice and name not in ("SFT", "DPO") else ()
+            found.append(pytest.param(name, option, probe, id=f"{name}-{option}", marks=marks))
+    return found
 
 
 @pytest.mark.parametrize(("name", "option", "probe"), cases())
@@ -190,7 +65,7 @@ def test_option_is_consumed(name, option, probe: Probe, runs) -> None:
             if probe.instead_of is not None:
                 base[option] = probe.instead_of
             one = runs.footprint(name, probe.setup, base)
-            other = runs.footprint(name, probe.setup, {**base, option: probe.value})
+            other = runs.footprint(name, probe.setup, {**base, **probe.along, option: probe.value})
             assert probe.facet in footprint.differing(one, other)
         case SameRun():
             one = runs.footprint(name, "plain", probe.under)
@@ -199,6 +74,41 @@ def test_option_is_consumed(name, option, probe: Probe, runs) -> None:
         case Refused():
             with pytest.raises(probe.error, match=probe.message):
                 runs.run(name, probe.setup, {**probe.under, option: probe.value})
-        case TestedBy():
+        case ShownBy():
             path, test = probe.test.split("::")
             assert f"def {test}(" in (ROOT / path).read_text()
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_paged_is_the_old_name_of_continuous_batching(name, tmp_path) -> None:
+    settings = methods.settings_of(METHODS[name], tmp_path, use_transformers_paged=True)
+    assert METHODS[name].config_class(**settings).use_transformers_continuous_batching
+
+
+TRL_CONFIGS = {
+    "SFT": trl.SFTConfig,
+    "DPO": trl.DPOConfig,
+    "KTO": trl.KTOConfig,
+    "Reward": trl.RewardConfig,
+    "GRPO": trl.GRPOConfig,
+    "RLOO": trl.RLOOConfig,
+    "CPO": cpo.CPOConfig,
+    "ORPO": orpo.ORPOConfig,
+    "OnlineDPO": online_dpo.OnlineDPOConfig,
+}
+# Set by the trainers themselves.
+SET_BY_TRAINERS = {"remove_unused_columns", "padding_free", "ddp_find_unused_parameters"}
+
+
+@pytest.mark.parametrize("name", TRL_CONFIGS)
+def test_trl_config_becomes_ours_unchanged(name, tmp_path) -> None:
+    method = METHODS[name]
+    given = TRL_CONFIGS[name](**methods.settings_of(method, tmp_path, weight_decay=0.125))
+    expected = given.to_dict()
+    model = method.model()
+    model.config._name_or_path = str(methods.saved_model(name, tmp_path))
+    trainer = methods.build_trainer(method, given, model)
+    taken = trainer.args.to_dict()
+    assert isinstance(trainer.args, method.config_class)
+    for option in expected.keys() - SET_BY_TRAINERS:
+        assert taken[option] == expected[option], option

@@ -150,6 +150,20 @@ def test_reward_models_from_a_folder(make, tokenizer, tmp_path) -> None:
     assert math.isfinite(logged(trainer)[0]["rewards/scorer/mean"])
 
 
+def test_samples_come_from_the_whole_distribution(make, model) -> None:
+    """What the model's generation config prefers is not what its log-probs describe."""
+    rewards = []
+    for preferences in ({}, {"top_p": 0.1, "top_k": 2, "min_p": 0.9, "repetition_penalty": 5.0}):
+        policy = copy.deepcopy(model)
+        policy.generation_config.update(**preferences)
+        trainer = make(
+            lambda completion_ids, **_: [ids[0] for ids in completion_ids], policy=policy
+        )
+        trainer.train()
+        rewards.append([line.get("reward") for line in logged(trainer)])
+    assert rewards[0] == rewards[1]
+
+
 def test_accumulation_and_micro_batches_change_nothing(make) -> None:
     """The same minibatch in one forward or in four: the same steps, to rounding."""
     runs = []
@@ -257,6 +271,9 @@ def test_missing_eos_penalty(make) -> None:
         ({"num_generations": 3}, "does not divide the 4 completions"),
         ({"kl_coef": -1.0}, "kl_coef must be >= 0"),
         ({"kl_coef": 0.0, "kl_target": 1.0}, "start from kl_coef > 0"),
+        ({"kl_horizon": 10}, "would be ignored"),
+        ({"train_sampling_strategy": "sequential"}, "is not read by"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"cliprange": 1.5}, "cliprange must be <= 1"),
         ({"cliprange_value": 0.0}, "cliprange_value must be > 0"),
@@ -277,7 +294,7 @@ def test_refused_settings(config, message, make) -> None:
 
 def test_refused_data_models_and_rewards(make, model, tokenizer, data) -> None:
     with pytest.raises(ValueError, match="one rollout takes 16"):
-        make(gradient_accumulation_steps=4).train()
+        make(gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match="rename 'prompts' to 'prompt'"):
         make(train_dataset=data.rename_column("prompt", "prompts"))
     with pytest.raises(TypeError, match="must have a length"):

@@ -67,7 +67,7 @@ def make_trainer(model, tokenizer, folder, trace=None, **options: Any) -> Any:
         "gradient_accumulation_steps": 2,
         "num_mini_batches": 2,
         "num_ppo_epochs": 2,
-        "max_steps": 6,
+        "max_steps": 5,
         "optim": "sgd",
         "learning_rate": 0.02,
         "lr_scheduler_type": "constant",

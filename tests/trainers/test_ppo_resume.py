@@ -26,11 +26,11 @@ def prompts() -> Dataset:
     return Dataset.from_list([{"prompt": f"{i} plus {i}" + "?" * (i % 4)} for i in range(10)])
 
 
-def make_trainer(model, tokenizer, folder, options=None, **config: Any) -> Any:
+def make_trainer(model, tokenizer, folder, options=None, reward_funcs=reward, **config: Any) -> Any:
     """Rollouts of 4 prompts: 2 an epoch, each learnt from in 4 steps."""
     return fastpost.PPOTrainer(
         copy.deepcopy(model),
-        reward,
+        reward_funcs,
         fastpost.PPOConfig(
             str(folder),
             **{
@@ -74,18 +74,23 @@ def value_model(vocab: int) -> Any:
     )
 
 
-CASES = {"full": (), "lora": ("peft_config",), "value-model": ("value_model",)}
+# Case -> what the constructor is given, steps behind which the run is stopped: inside a rollout (5),
+# between two epochs (8), inside the second epoch (9).
+CASES = {
+    "full": ((), (5, 8, 9)),
+    "lora": (("peft_config",), (5,)),
+    "critic": (("value_model",), (5,)),
+}
 
 
-@pytest.mark.parametrize("parts", CASES.values(), ids=CASES.keys())
-def test_bit_for_bit(parts, model, tokenizer, tmp_path) -> None:
-    """Stopped inside a rollout (5), between two (8) and behind the first epoch (9)."""
+@pytest.mark.parametrize(("parts", "stops"), CASES.values(), ids=CASES.keys())
+def test_bit_for_bit(parts, stops, model, tokenizer, tmp_path) -> None:
     made = {"peft_config": LORA, "value_model": value_model(len(tokenizer))}
     options = {name: made[name] for name in parts}
     whole = make_trainer(model, tokenizer, tmp_path / "run", options)
     whole.train()
     expected = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
-    for stop in (5, 8, 9):
+    for stop in stops:
         checkpoint = tmp_path / "run" / f"checkpoint-{stop}"
         resumed = make_trainer(
             model, tokenizer, tmp_path / f"from-{stop}", options, save_strategy="no"
@@ -155,3 +160,33 @@ def test_a_checkpoint_with_another_critic_is_refused(model, tokenizer, tmp_path)
     )
     with pytest.raises(FileNotFoundError, match=r"value_model\.safetensors is missing"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("parts", [(), ("peft_config",)], ids=["full", "lora"])
+def test_the_best_checkpoint_comes_back_with_its_critic(parts, model, tokenizer, tmp_path) -> None:
+    calls = []
+
+    def worse_every_time(completion_ids, **_: Any) -> list[float]:
+        calls.append(0)
+        return [-float(len(calls) + len(ids) % 2) for ids in completion_ids]
+
+    options = {"eval_dataset": prompts()} | ({"peft_config": LORA} if parts else {})
+    trainer = make_trainer(
+        model,
+        tokenizer,
+        tmp_path,
+        options,
+        worse_every_time,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        greater_is_better=True,
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    saved = load_file(best / "value_head.safetensors")
+    last = load_file(tmp_path / "checkpoint-3" / "value_head.safetensors")
+    assert best.name == "checkpoint-1" and not torch.equal(last["weight"], saved["weight"])
+    assert torch.equal(trainer.critic.module.weight, saved["weight"])

@@ -12,6 +12,8 @@ from peft import LoraConfig, PeftModel
 from torch.nn import functional as F
 from transformers import (
     AutoModelForTokenClassification,
+    BertConfig,
+    BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -344,6 +346,18 @@ def test_what_cannot_be_meant_is_refused(model, tokenizer, step_data, tmp_path) 
         build(step_model(tokenizer, num_labels=2), tokenizer, step_data, tmp_path)
     with pytest.raises(ValueError, match="would not save the classification head"):
         build(model, tokenizer, step_data, tmp_path, LoraConfig(target_modules=["q_proj"]))
+    encoder = BertForTokenClassification(
+        BertConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=len(tokenizer),
+            num_labels=1,
+        )
+    )
+    with pytest.raises(ValueError, match="cannot score steps"):
+        build(encoder, tokenizer, step_data, tmp_path)
     two = LlamaForSequenceClassification(
         LlamaConfig(**SIZES, vocab_size=len(tokenizer), num_labels=2)
     )

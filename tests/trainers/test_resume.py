@@ -42,7 +42,7 @@ def test_resumed_run_is_the_run_left_alone(case: str, tmp_path: Path) -> None:
     whole = build(case, tmp_path / "whole", tmp_path)
     whole.train()
     # 4 lies within an epoch of three steps and ends one of four, 6 the other way round.
-    for step in (4, 6) if case in ("SFT", "GRPO") else (4,):
+    for step in (4, 6) if case in KILLED else (4,):
         resumed = resumed_from(case, step, tmp_path, whole)
         assert resumed.state.global_step == 8
         for later in range(step + 2, 9, 2):
@@ -86,7 +86,7 @@ def assert_same_end(case: str, folder: Path) -> None:
 
 
 def test_killed_runs_end_as_runs_left_alone(tmp_path: Path) -> None:
-    """Killed by the kernel, in a save, between saves, and while reference log-probs are computed."""
+    """Killed in a save, between saves, and while reference log-probs are computed."""
     runs = [run for case in KILLED for run in runs_killed_twice(case)]
     cached = {"case": "DPO-cached", "resume": False}
     runs += [

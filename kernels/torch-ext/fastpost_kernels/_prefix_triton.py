@@ -25,9 +25,10 @@ from ._prefix_kernels import (
 from ._prefix_regions import Scoring
 from ._prefix_segments import PrefixSchedule
 
-__all__ = ["backward_triton", "choose_tiles", "forward_triton"]
+__all__ = ["AMD", "backward_triton", "choose_tiles", "forward_triton"]
 
-
+# Instead of a compute capability: ROCm's numbers collide with NVIDIA's (gfx90a says 9.0).
+AMD = -1
 # Consumer GPUs: 99 KB of shared memory per block instead of 163 or 227.
 _SMALL_SHARED_MEMORY = (86, 89, 120)
 
@@ -37,15 +38,23 @@ def choose_tiles(
 ) -> dict[str, tuple[int, int, int, int]]:
     """(BLOCK_M, BLOCK_N, warps, stages) per kernel, for the larger head size of a call.
 
-    Not one of them spills when compiled for `capability` 80, 90 or 100, with or without softcap and
-    window, which a test asserts; none was timed on a GPU.
+    Not one of them spills when compiled for `capability` 80, 89, 90, 100, 120 or AMD (gfx942), with
+    or without softcap and window, which a test asserts; none was timed on a GPU.
     """
     if itemsize > 2:  # fp32 products do not use tensor cores: for checks rather than speed
         return dict.fromkeys(("forward", "grad_query", "grad_key"), (32, 32, 4, 1))
+    if capability == AMD:
+        # 8 waves of 64 threads get 256 registers each, which spills; 4 get 512. 64 KB of memory.
+        rows = 64 if head_size > 128 else 128
+        return dict.fromkeys(("forward", "grad_query"), (rows, 32, 4, 2)) | {
+            "grad_key": (32, 64, 4, 2)
+        }
     if head_size > 128 and capability in _SMALL_SHARED_MEMORY:
-        return {"forward": (64, 32, 8, 2)} | dict.fromkeys(
-            ("grad_query", "grad_key"), (32, 32, 8, 1)
-        )
+        return {
+            "forward": (64, 32, 8, 2),
+            "grad_query": (64, 32, 8, 1),
+            "grad_key": (32, 32, 8, 1),
+        }
     if head_size > 128:
         # On sm_100 the sums move between tensor memory and registers at every key range.
         stages = 1 if capability >= 100 else 2
@@ -57,10 +66,11 @@ def choose_tiles(
     if head_size > 64:
         # Head sizes between powers of two mask their columns, which takes registers.
         keys = 64 if head_size == 128 else 32
+        is_small = capability in _SMALL_SHARED_MEMORY
         return {
             "forward": (128, keys, 8, 2),
             "grad_query": (64, 64, 8, 2),
-            "grad_key": (32, 64, 4, 2),
+            "grad_key": (64, 64, 8, 2) if is_small else (32, 64, 4, 2),
         }
     return dict.fromkeys(("forward", "grad_query"), (128, 64, 8, 2)) | {"grad_key": (64, 128, 8, 2)}
 
@@ -68,6 +78,8 @@ def choose_tiles(
 def _capability(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter, or a GPU without this notion
         return 0
+    if torch.version.hip is not None:
+        return AMD
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -199,6 +199,7 @@ def fold(
     """See `_vocab_passes.fold`."""
     rows, cols = tile.shape
     assert tile.stride(1) == 1 and state.stride(1) == 1 and cols <= MAX_FOLD_COLS
+    block_v = max(16, triton.next_power_of_2(cols))
     _linear_logprob_fold_kernel[(rows,)](
         tile,
         state if bias is None else bias,
@@ -217,8 +218,9 @@ def fold(
         HAS_TOP1=top1,
         STORE_EXP=store_exp,
         MAX_LAG=30.0,
-        BLOCK_V=max(16, triton.next_power_of_2(cols)),
-        num_warps=8,
+        BLOCK_V=block_v,
+        # 8 columns a thread, so that the narrow last tile loads 128 bits at a time too
+        num_warps=max(1, min(8, block_v // 256)),
     )
 
 

@@ -1,0 +1,129 @@
+"""Raise the score of a reward model with PPO, on a laptop's CPU.
+
+    python examples/ppo_reward_model.py
+
+A reward model learns to tell right sums from wrong ones (`reward_model.py` beside this file); then
+SmolLM2-135M, with a LoRA adapter and a value head on its hidden states, learns to please it. Pass
+`--reward-model DIR` to use one that is there. The task's own score is measured too and never
+trained on: it says whether the reward model is pleased for the right reason. Both are means over
+sampled answers to held-out problems, which neither model was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from typing import Any
+
+import reward_model as sums
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastpost import PPOConfig, PPOTrainer
+from fastpost.demo.smollm2 import smollm2_path
+
+
+# Shown to the policy as an earlier turn, so that its first samples look like answers at all.
+EXAMPLE = [
+    {"role": "user", "content": "State the final answer to the following arithmetic problem: 31 - 8 ="},
+    {"role": "assistant", "content": "23"},
+]
+
+
+def prompts(count: int, seed: int, *, held_out: bool) -> Dataset:
+    rows = []
+    for entry in sums.problems(count, seed, held_out=held_out):
+        system, question = sums.pair(entry, random.Random(0))["prompt"]
+        rows.append({"prompt": [system, *EXAMPLE, question], "answer": entry["answer"]})
+    return Dataset.from_list(rows)
+
+
+def is_right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """The task's own score: 1 for the right number and nothing else."""
+    return [
+        float(completion[0]["content"].strip() == right)
+        for completion, right in zip(completions, answer, strict=True)
+    ]
+
+
+def train(
+    reward_model: str, output: str, *, rollouts: int = 12, num_held_out: int = 128, seed: int = 0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Train, and return the figures of the held-out problems before and after."""
+    torch.manual_seed(seed)
+    folder = smollm2_path()
+    trainer = PPOTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        reward_funcs=[reward_model, is_right],
+        args=PPOConfig(
+            output,
+            reward_weights=[1.0, 0.0],  # the second is only looked at
+            # A rollout: 8 answers to each of 8 problems, learnt from in 2 passes of 2 steps.
+            num_generations=8,
+            per_device_train_batch_size=32,
+            num_mini_batches=2,
+            num_ppo_epochs=2,
+            max_steps=4 * rollouts,
+            max_completion_length=12,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=4,
+            kl_coef=0.05,
+            vf_coef=0.1,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=4,
+            per_device_eval_batch_size=32,
+            save_strategy="no",
+            report_to=[],
+            seed=seed,
+        ),
+        train_dataset=prompts(8 * rollouts, seed + 3, held_out=False),
+        eval_dataset=prompts(num_held_out, seed + 4, held_out=True),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    trainer.save_model(output)
+    print(trainer.engine.report())
+    return before, after
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reward-model", help="folder of a reward model; trained if left out")
+    parser.add_argument("--output", help="folder to save adapter and value head in")
+    parser.add_argument("--rollouts", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        reward_model = options.reward_model
+        if reward_model is None:
+            reward_model = f"{scratch}/reward-model"
+            sums.train(reward_model, num_pairs=640, num_held_out=100, seed=options.seed)
+        before, after = train(
+            reward_model,
+            options.output or f"{scratch}/policy",
+            rollouts=options.rollouts,
+            seed=options.seed,
+        )
+    minutes = (time.monotonic() - started) / 60
+    for name, key in (
+        ("reward model", "eval_reward"),
+        ("right answers", "eval_rewards/is_right/mean"),
+    ):
+        print(f"{name}: {before[key]:.2f} before, {after[key]:.2f} after")
+    print(f"{minutes:.1f} min")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ import fastpost
 from fastpost.demo.smollm2 import smollm2_path
 
 PAIRS_PER_STEP = 12
-HELD_OUT_PAIRS = 200
+HELD_OUT_PAIRS = 100
 
 
 def reversal_pairs(num_pairs: int, seed: int) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def make_trainer(method: str, model: Any, tokenizer: Any, pairs: list[Any], step
     if method == "kto":
         args = fastpost.KTOConfig(
             **common,
-            learning_rate=LR or 5e-4,
+            learning_rate=5e-4,
             per_device_train_batch_size=2 * PAIRS_PER_STEP,
             beta=0.5,
         )
@@ -126,11 +126,11 @@ def make_trainer(method: str, model: Any, tokenizer: Any, pairs: list[Any], step
     data = Dataset.from_list(pairs)
     common["per_device_train_batch_size"] = PAIRS_PER_STEP
     if method == "orpo":
-        args = fastpost.ORPOConfig(**common, learning_rate=LR or 5e-4, beta=1.0)
+        args = fastpost.ORPOConfig(**common, learning_rate=5e-4, beta=1.0)
         return fastpost.ORPOTrainer(model, args=args, train_dataset=data, **rest)
     args = fastpost.CPOConfig(
         **common,
-        learning_rate=LR or 5e-4,
+        learning_rate=5e-4,
         loss_type="simpo",
         cpo_alpha=0.0,  # SimPO has no likelihood term
         beta=2.0,
@@ -139,19 +139,13 @@ def make_trainer(method: str, model: Any, tokenizer: Any, pairs: list[Any], step
     return fastpost.CPOTrainer(model, args=args, train_dataset=data, **rest)
 
 
-LR = None
-
-
 def main(arguments: list[str] | None = None) -> tuple[float, float]:
     """Train with one method; held-out accuracy before and after."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=["kto", "orpo", "simpo"], default="simpo")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps (default 30)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float)
     options = parser.parse_args(arguments)
-    global LR
-    LR = options.lr
 
     torch.manual_seed(options.seed)
     path = smollm2_path()
@@ -166,7 +160,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
-    print(trainer.engine.report())
+    print(trainer.engine.report())  # the trainer's engine took the place of the one above
     after = preference_accuracy(trainer.model, tokenizer, held_out)
     print(
         f"{options.method}: {len(training)} pairs in {seconds:.0f} s; right answers preferred on "

@@ -1,14 +1,14 @@
 """`python -m bench.static [--targets sm_90 ...] [--ours] [--quick] [--output FILE]`
 
-Compiles every Triton kernel of the registry for every target, without a GPU: a table, and
-bench/results/static.json. Times are predictions for an H100 by the roofline, never measurements.
+Compiles every Triton kernel of the registry for every target, without a GPU: a table, and, if that
+is complete, bench/results/static.json. Times are predictions for an H100 by the roofline, never
+measurements.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ def measure(kernel: Kernel, case: Case, processor: Processor) -> list[dict[str, 
         launches = compile_launches(
             lambda: case.launch(processor.capability), function, processor.target()
         )
+    except ImportError as error:
+        return [row | {"failed": f"not installed: {error}"}]
     except Exception as error:  # a compiler's, whatever it is: the table says so
         reason = str(error).strip().splitlines() or [""]
         return [row | {"failed": f"{type(error).__name__}: {reason[0][:200]}"}]
@@ -94,7 +96,7 @@ def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     head = f"{row['package'] + ' ' + row['kernel'].strip('_'):<43.43}{row['shape']:<44.44}"
     if "failed" in row:
-        return f"{head}does not compile: {row['failed'][:80]}"
+        return f"{head}{row['failed'][:110]}"
     tensor = " ".join(f"{n} {group}" for group, n in row["tensor_cores"].items()) or "-"
     predicted = row.get("h100_prediction")
     time = f"{predicted['microseconds']:>8.1f} us" if predicted else ""
@@ -139,16 +141,19 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=PROCESSORS, default=list(PROCESSORS))
     parser.add_argument("--ours", action="store_true", help="leave the peers out")
     parser.add_argument("--quick", action="store_true", help="the first two cases of each kernel")
-    parser.add_argument("--output", type=Path, default=RESULTS / "static.json")
+    parser.add_argument("--output", type=Path, help="of a complete run bench/results/static.json")
     options = parser.parse_args()
     kernels = [k for k in KERNELS if k.package == "fastpost" or not options.ours]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with compiler_cache(Path(folder)):
-                rows = measure_all(kernels, options.targets, options.quick)
-        except RuntimeError as error:
-            sys.exit(str(error))
-    write(options.output, rows)
+    with tempfile.TemporaryDirectory() as folder, compiler_cache(Path(folder)):
+        rows = measure_all(kernels, options.targets, options.quick)
+    is_complete = len(kernels) == len(KERNELS) and set(options.targets) == set(PROCESSORS)
+    output = options.output
+    if output is None and is_complete and not options.quick:
+        output = RESULTS / "static.json"
+    if output is None:
+        print("\nnot written: a part of the table, and no --output")
+    else:
+        write(output, rows)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from fastpost.health.gradient_census import largest_magnitude
 
 
 class ActivationTrace:
@@ -36,7 +37,7 @@ class ActivationTrace:
             # An attention mask holds -inf by intent, so inputs are judged by their maximum, which
             # NaN and +inf reach; outputs by magnitude.
             inputs = [t.detach().amax() for t in _floats((args, kwargs))]
-            outputs = [torch.linalg.vector_norm(t.detach(), float("inf")) for t in _floats(output)]
+            outputs = [largest_magnitude(t.detach()) for t in _floats(output)]
             self._calls.append((name, inputs, outputs))
 
         return keep

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from fastpost.guards.options import refuse_options
+
 
 @dataclass
 class EngineConfig:
@@ -56,6 +58,7 @@ def refuse_unsupported(args: Any) -> None:
             "deepspeed is not supported: its partitioned parameters cannot be read by the fused "
             "head. Shard with FSDP2 (fsdp=...) instead"
         )
+    refuse_options(args)
 
 
 __all__ = ["EngineConfig", "as_config", "refuse_unsupported"]

@@ -12,7 +12,7 @@ groups apart, moves whole groups. Data, one row, whose other columns reach the r
 
 With `rollout_dtype` completions come from a copy in that dtype, with `use_vllm` from vLLM; how far
 that is from the trained model is logged (`rollout/kl`, `rollout/ess`, `rollout/p99_ratio`) and can
-stop the run. (TRL asks vLLM for no log-probs here: there nothing is measured.)
+stop the run.
 
 Refused, warned of and checked: as in `grpo`.
 """
@@ -66,6 +66,8 @@ class RLOOTrainer(GroupTrainer, trl.RLOOTrainer):
         refuse_before_loading(args, train_dataset, "RLOO", has_tools=False)
         with engine_at_seam(trl_rloo, args) as engines:
             super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
+        if self.use_vllm:
+            self.vllm_generation.logprobs = 0  # of the sampled token; TRL asks for none here
         self._set_up(engines)
         self._rollout_logps: list[list[float]] | None = None
         self._scored_logps: list[Tensor] = []

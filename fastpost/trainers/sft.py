@@ -9,7 +9,9 @@ once, and only scored tokens reach the head. Data, one row:
     {"prompt": [{"role": "user", "content": "2 + 2?"}],
      "completion": [{"role": "assistant", "content": "4"}]}
 
-or any other format TRL takes (`text`, `messages`, tokenised `input_ids` with `labels`).
+or any other format TRL takes (`text`, `messages`, tokenised `input_ids` with `labels`). With
+`assistant_only_loss` a chat template needs no generation markers: turns are found by rendering the
+conversation step by step.
 
 Refused: a data set of which nothing would be scored, one of which everything would be scored
 although its prompts should be masked, and DeepSpeed (see
@@ -25,8 +27,11 @@ from typing import Any
 import trl
 from trl.trainer import sft_trainer as trl_sft
 
+from fastpost.guards.assistant_rows import mask_assistant_turns
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.mask import MaskReport, count_mask
+from fastpost.guards.special_tokens import check_special_tokens
+from fastpost.guards.unmarked_template import is_unmarked, unmarked_templates_allowed
 from fastpost.trainers.engine_config import EngineConfig, as_config, refuse_unsupported
 from fastpost.trainers.engine_trainer import EngineTrainer, logger
 from fastpost.trainers.seam import engine_at_seam
@@ -72,7 +77,7 @@ class SFTTrainer(EngineTrainer, trl.SFTTrainer):
                 "SFT",
             )
         self.mask_reports: dict[str, MaskReport] = {}
-        with engine_at_seam(trl_sft, args) as engines:
+        with unmarked_templates_allowed(trl_sft), engine_at_seam(trl_sft, args) as engines:
             super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
         self._take_engines(engines)
 
@@ -85,6 +90,14 @@ class SFTTrainer(EngineTrainer, trl.SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
+        was_text = "input_ids" not in column_names(dataset)
+        if args.assistant_only_loss and is_unmarked(processing_class):
+            dataset = mask_assistant_turns(
+                dataset,
+                processing_class,
+                completion_only=self.completion_only_loss,
+                num_proc=args.dataset_num_proc,
+            )
         # TRL tokenises, cuts and packs in one go; the report needs the rows before the cut. Its
         # second pass over tokenised rows only cuts and packs.
         whole = copy.copy(args)
@@ -92,6 +105,8 @@ class SFTTrainer(EngineTrainer, trl.SFTTrainer):
         dataset = super()._prepare_dataset(
             dataset, processing_class, whole, False, formatting_func, dataset_name
         )
+        if was_text:  # rows that were tokenised by the user are taken as they are meant
+            check_special_tokens(dataset, self._tokenizer)
         report = count_mask(
             dataset,
             # A packed row is filled to max_length; its sequences are split there, not cut.

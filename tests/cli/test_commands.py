@@ -58,7 +58,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_command_suggests_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "Did you mean 'dpo'?" in error_of(capsys, ["dppo"])
+    assert "Did you mean 'dpo'?" in error_of(capsys, ["dop"])
 
 
 def test_demo_takes_no_options(capsys: pytest.CaptureFixture[str]) -> None:

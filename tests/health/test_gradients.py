@@ -15,7 +15,12 @@ from transformers import Trainer, TrainingArguments
 
 from fastpost.health import DeadGradients, HealthMonitor, NonFinite
 from fastpost.health.activation_trace import ActivationTrace
-from fastpost.health.gradient_census import GradientCensus, GradientReport, GradientState
+from fastpost.health.gradient_census import (
+    GradientCensus,
+    GradientReport,
+    GradientState,
+    largest_magnitude,
+)
 from fastpost.scoring import FastpostWarning
 
 ALIVE, ZERO, ABSENT, BAD = (
@@ -94,6 +99,17 @@ def test_census_tells_the_four_states_apart_and_forgets() -> None:
     model.zero_grad()
     model.second(x).sum().backward()
     assert set(census.read(4).states.values()) == {ABSENT}
+
+
+@pytest.mark.parametrize(
+    ("values", "largest"),
+    [([1.0, -3.0], 3.0), ([0.0, -0.0], 0.0), ([1.0, -math.inf], math.inf), ([math.inf], math.inf)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_largest_magnitude(values, largest, dtype) -> None:
+    assert largest_magnitude(torch.tensor(values, dtype=dtype)).item() == largest
+    with_nan = torch.tensor([*values, math.nan], dtype=dtype)
+    assert math.isnan(largest_magnitude(with_nan).item())
 
 
 def _rank(rank: int, file: str, results: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +46,20 @@ def in_group_order(trainer_class: type[Any], module: ModuleType) -> type[Any]:
     return type(trainer_class.__name__, (trainer_class,), {"_prepare_inputs": prepare_inputs})
 
 
+def run_ours(
+    run_trainer: Callable[..., Any],
+    classes: tuple[type[Any], type[Any]],
+    model: LlamaForCausalLM,
+    data: Dataset,
+    config: dict[str, Any],
+    options: dict[str, Any],
+) -> Any:
+    """A trainer after its steps on fixed completions."""
+    sampled = FixedSamples(model.config.vocab_size).grouped(classes[0])
+    options = {"reward_funcs": uneven_reward} | options
+    return run_trainer(sampled, classes[1], model, data, options, **SETTINGS | config)
+
+
 def run_pair(
     run_trainer: Callable[..., Any],
     stock: tuple[type[Any], type[Any], ModuleType],
@@ -56,20 +69,11 @@ def run_pair(
     config: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Any, Any]:
-    """Both trainers after their steps: (ours, stock)."""
-    settings = SETTINGS | config
-    vocab = model.config.vocab_size
-    options = {"reward_funcs": uneven_reward} | options
-
-    def run(trainer_class: type[Any], config_class: type[Any]) -> Any:
-        sampled = FixedSamples(vocab).grouped(trainer_class)
-        return run_trainer(
-            sampled, config_class, copy.deepcopy(model), data, trainer_options=options, **settings
-        )
-
-    mine = run(*ours)
-    settings.pop("prefix_sharing", None)
-    return mine, run(in_group_order(stock[0], stock[2]), stock[1])
+    """Both trainers after their steps on the same completions: (ours, stock)."""
+    mine = run_ours(run_trainer, ours, model, data, config, options)
+    stock_config = {name: value for name, value in config.items() if name != "prefix_sharing"}
+    ordered = (in_group_order(stock[0], stock[2]), stock[1])
+    return mine, run_ours(run_trainer, ordered, model, data, stock_config, options)
 
 
 def assert_same_metrics(ours: Any, stock: Any) -> None:

@@ -68,8 +68,9 @@ def test_samples_what_trl_would_sample(method, saved_model, prompts, run_trainer
     assert len(runs[0]) == 2 and runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"peft_config": LORA}], ids=["full", "lora"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "options"), [("grpo", {"peft_config": LORA}), ("rloo", {})], ids=["lora", "full"]
+)
 def test_a_bf16_copy_differs_a_little_and_is_measured(
     method, options, saved_model, prompts, run_trainer
 ) -> None:
@@ -137,32 +138,33 @@ def test_continuous_batching_leaves_the_trained_weights_in_fp32(
     assert 0 < trainer.trace.logs[0]["rollout/kl"] < 0.01
 
 
-def test_vllm_samples_are_corrected_for_as_trl_does(
-    saved_model, prompts, run_trainer, monkeypatch
-) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_vllm_samples_are_measured(method, saved_model, prompts, run_trainer, monkeypatch) -> None:
     """A driver that answers every prompt alike stands for vLLM."""
 
     class Driver:
-        def __init__(self, **settings: Any) -> None:
+        def __init__(self, logprobs: int | None, **settings: Any) -> None:
             self.synced = 0
+            self.logprobs = logprobs
 
         def sync_weights(self) -> None:
             self.synced += 1
 
         def generate(self, prompts: Any, num_generations: int, **_: Any) -> Any:
-            assert num_generations == GROUP
+            assert num_generations == GROUP and self.logprobs == 0
             completions = [[10 + i % GROUP, 11, 12 + i % 3] for i in range(len(prompts))]
             return prompts, completions, [[[-5.0], [-5.5], [None]] for _ in prompts], None
 
-    monkeypatch.setattr(fastpost.GRPOTrainer._trl_module, "VLLMGeneration", Driver)
+    trainer_class, config_class, *_ = METHODS[method]
+    monkeypatch.setattr(trainer_class._trl_module, "VLLMGeneration", Driver)
     monkeypatch.setattr("fastpost.trainers.group_trainer.require_vllm", lambda: None)
     config = SETTINGS | {"use_vllm": True, "vllm_mode": "colocate"}
-    trainer = run_trainer(
-        fastpost.GRPOTrainer, fastpost.GRPOConfig, saved_model, prompts, OPTIONS, **config
-    )
+    trainer = run_trainer(trainer_class, config_class, saved_model, prompts, OPTIONS, **config)
     assert isinstance(trainer.rollout, VLLMRollout) and trainer.vllm_generation.synced == 3
     for log in trainer.trace.logs:
-        assert log["rollout/kl"] > 0 and "sampling/importance_sampling_ratio/mean" in log
+        assert log["rollout/kl"] > 0
+        # TRL's own correction for what vLLM samples otherwise, which only GRPO has.
+        assert ("sampling/importance_sampling_ratio/mean" in log) == (method == "grpo")
 
 
 def grpo(model: Any, tokenizer: Any, data: Any, folder: Any, **config: Any) -> Any:

@@ -11,10 +11,8 @@ from datasets import Dataset
 import fastpost
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SAMPLES = {"max_completion_length": 8, "num_generations": 8}
 METHODS = {
-    "grpo": (fastpost.GRPOTrainer, fastpost.GRPOConfig, SAMPLES),
-    "rloo": (fastpost.RLOOTrainer, fastpost.RLOOConfig, SAMPLES | {"beta": 0.0}),
+    "grpo": (fastpost.GRPOTrainer, fastpost.GRPOConfig, {"max_completion_length": 8}),
     "online-dpo": (
         fastpost.OnlineDPOTrainer,
         fastpost.OnlineDPOConfig,
@@ -37,7 +35,7 @@ def test_a_tiny_model_learns_to_write_vowels(method, model, tokenizer, tmp_path)
         args=config_class(
             str(tmp_path),
             per_device_train_batch_size=32,
-            max_steps=40,
+            max_steps=28,
             learning_rate=5e-3,
             lr_scheduler_type="constant",
             rollout_dtype="bfloat16",
@@ -56,8 +54,8 @@ def test_a_tiny_model_learns_to_write_vowels(method, model, tokenizer, tmp_path)
     trainer.train()
     name = "objective/scores" if method == "online-dpo" else "reward"
     rewards = [line[name] for line in trainer.state.log_history if name in line]
-    assert len(rewards) == 10 and rewards[0] < 0.15
-    assert rewards[-1] > 0.5
+    assert len(rewards) == 7 and rewards[0] < 0.15
+    assert rewards[-1] > 0.4
 
 
 @pytest.mark.slow
@@ -65,10 +63,9 @@ def test_the_reward_of_held_out_sums_rises(monkeypatch, tmp_path) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     import grpo_reasoning
 
-    result = grpo_reasoning.main(output_dir=str(tmp_path))
+    result = grpo_reasoning.main(str(tmp_path))
     print(result)
-    assert result.after > result.before + 0.1
-    assert result.exact_after > result.exact_before
-    part = max(1, len(result.log) // 5)
-    assert sum(result.log[-part:]) > sum(result.log[:part]) + 0.1 * part
+    assert result.after.reward > result.before.reward + 0.15
+    assert result.after.accuracy > result.before.accuracy
+    assert sum(result.rewards[-5:]) > sum(result.rewards[:5]) + 5 * 0.15
     sys.modules.pop("grpo_reasoning")

@@ -75,7 +75,7 @@ DPO_CASES = {
     "dora": (SGD, {"peft_config": DORA}),
     "lora-checkpointing": (SGD | {"gradient_checkpointing": True}, {"peft_config": LORA}),
     "accumulation": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, {}),
-    "label-smoothing": ({"label_smoothing": 0.1}, {}),
+    "robust": ({"loss_type": "robust", "label_smoothing": 0.1}, {}),
     "ipo": ({"loss_type": "ipo"}, {}),
     "weighted": ({"use_weighting": True}, {}),
     "length-desensitised": ({"ld_alpha": 0.5}, {}),
@@ -160,3 +160,18 @@ def test_trl_configs_are_taken_as_they_are(model, preference_data, run_trainer) 
     )
     assert isinstance(trainer.args, fastpost.DPOConfig) and trainer.beta == 0.3
     assert torch.isfinite(torch.tensor(trainer.trace.losses)).all()
+
+
+def test_assistant_only_without_generation_markers(
+    model, messages_data, run_trainer, tokenizer, assert_same_run, monkeypatch
+) -> None:
+    """A template without markers trains the same run as the marked one, in stock TRL."""
+    config = {"assistant_only_loss": True}
+    stock = run_trainer(trl.SFTTrainer, trl.SFTConfig, model, messages_data, **config)
+    unmarked = tokenizer.chat_template
+    for marker in ("{% generation %}", "{% endgeneration %}"):
+        assert marker in unmarked
+        unmarked = unmarked.replace(marker, "")
+    monkeypatch.setattr(tokenizer, "chat_template", unmarked)
+    ours = run_trainer(fastpost.SFTTrainer, fastpost.SFTConfig, model, messages_data, **config)
+    assert_same_run(ours.trace, stock.trace)

@@ -74,7 +74,7 @@ def value_model(vocab: int) -> Any:
     )
 
 
-# Case -> what the constructor is given, steps behind which the run is stopped: inside a rollout (5),
+# Case -> what the constructor is given, steps behind which the run is stopped: in a rollout (5),
 # between two epochs (8), inside the second epoch (9).
 CASES = {
     "full": ((), (5, 8, 9)),

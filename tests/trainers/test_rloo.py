@@ -25,13 +25,11 @@ OURS = (fastpost.RLOOTrainer, fastpost.RLOOConfig)
 SPLIT = {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kl": ({"beta": 0.1}, {}),
-    "no-reference": ({"beta": 0.0}, {}),
-    "iterations": ({"num_iterations": 2, "epsilon": 0.01, "epsilon_high": 0.02}, {}),
+    "iterations": ({"beta": 0.0, "num_iterations": 2, "epsilon": 0.01, "epsilon_high": 0.02}, {}),
     "normalised": ({"normalize_advantages": True, "mask_truncated_completions": True}, {}),
-    "accumulation": (SPLIT, {}),
+    "accumulation": (SPLIT | {"gradient_checkpointing": True}, {}),
     "stale-steps": (SPLIT | {"gradient_accumulation_steps": 1, "steps_per_generation": 2}, {}),
     "lora-kl": (SGD | {"beta": 0.1, "learning_rate": 0.02}, {"peft_config": LORA}),
-    "checkpointing": ({"gradient_checkpointing": True}, {}),
 }
 
 

@@ -187,11 +187,13 @@ def _groups(
     training = {f.name: f for f in _fields(config_class)}
     peers = [c for c in config_class.__mro__ if not c.__module__.startswith("fastpost.")]
     inherited = {f.name for c in peers if dataclasses.is_dataclass(c) for f in _fields(c)}
-    added = [f for name, f in training.items() if name not in inherited]
-    groups = {"the run": _fields(command.run_fields), "fastpost": added}
+    added = {name: f for name, f in training.items() if name not in inherited}
+    groups = {"the run": _fields(command.run_fields), "fastpost": list(added.values())}
     if show_all:
         rest = [f for name, f in training.items() if name in inherited]
         return groups | {"training, as in TRL's and transformers' documentation": rest}
+    # Methods that are ours alone have all their fields here: each is shown once.
+    groups["fastpost"] = [f for name, f in added.items() if name not in command.method_fields]
     groups["method"] = [training[name] for name in command.method_fields]
     groups[f"training, most used of {len(training)}"] = [
         training[name] for name in COMMON_FIELDS if name in training

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from fastpost.rollout.interface import Completions, require_one_each
@@ -23,7 +22,6 @@ class VLLMRollout:
         num_generations: how often each prompt is repeated; a function, as evaluation may ask for
             another number than training.
         step: the optimizer step; weights are sent when it has changed since the last rollout.
-        profiler: opens a context around the engine's work.
     """
 
     def __init__(
@@ -31,12 +29,10 @@ class VLLMRollout:
         driver: Any,
         num_generations: Callable[[], int],
         step: Callable[[], int],
-        profiler: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._driver = driver
         self._num_generations = num_generations
         self._step = step
-        self._profiler = profiler
         self._sent_at: int | None = None
 
     def generate(self, prompt_ids: list[list[int]]) -> Completions:
@@ -53,7 +49,6 @@ class VLLMRollout:
             prompts=prompt_ids,
             images=None,
             num_generations=self._num_generations(),
-            profiler=self._profiler(),
         )
         require_one_each(completion_ids, prompt_ids, "vLLM")
         logps = None

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from warnings import warn
 
 from torch import Tensor
+from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
@@ -132,7 +133,9 @@ class GroupTrainer(EngineTrainer):
         if reason is not None:
             self.engine.fall_back(f"TRL's own rollout ran, from the trained model: {reason}")
             return None
-        return self.rollout.generate(prompt_ids)
+        sampler = "vLLM" if self.use_vllm else "transformers"
+        with profiling_context(self, f"{sampler}.generate"):
+            return self.rollout.generate(prompt_ids)
 
     def _prepare_inputs(self: Any, generation_batch: Any) -> Any:
         rows = self.args.per_device_train_batch_size

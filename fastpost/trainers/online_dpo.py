@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl.data_utils import maybe_apply_chat_template
+from trl.extras.profiling import profiling_context
 from trl.import_utils import TRLExperimentalWarning
 from trl.models import unwrap_model_for_generation
 
@@ -145,7 +146,8 @@ class OnlineDPOTrainer(EngineTrainer, trl_online_dpo.OnlineDPOTrainer):
         rows = [{"prompt": prompt} for prompt in prompts]
         texts = [maybe_apply_chat_template(row, self.processing_class)["prompt"] for row in rows]
         prompt_ids = self.processing_class(text=texts, add_special_tokens=False)["input_ids"] * 2
-        sampled = self.rollout.generate(prompt_ids)
+        with profiling_context(self, "transformers.generate"):
+            sampled = self.rollout.generate(prompt_ids)
         pad, device = self._tokenizer.pad_token_id, self.accelerator.device
         completions = sampled.completion_ids
         if sampled.logps is not None:

@@ -10,16 +10,21 @@ from fastpost.cli.rewards import reward_functions
 
 def test_a_name_a_function_and_a_model(tmp_path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("def short(completions, **columns):\n    return [-len(c) for c in completions]\n")
+    file.write_text(
+        "def short(completions, **columns):\n    return [-len(c) for c in completions]\n"
+    )
     maths, short, model = reward_functions(["maths", f"{file}:short", "some/reward-model"])
-    assert maths(completions=["The answer is $4$."], solution=["4"]) == [1.0]
+    assert maths(prompts=[""], completions=["The answer is $4$."], solution=["4"]) == [1.0]
     assert short(completions=["abc"]) == [-3]
     assert model == "some/reward-model"
 
 
 def test_tags() -> None:
     (tags,) = reward_functions("tags")
-    assert tags(completions=["<think>a</think><answer>b</answer>", "b"]) == [1.0, 0.0]
+    assert tags(prompts=["", ""], completions=["<think>a</think><answer>b</answer>", "b"]) == [
+        1.0,
+        0.0,
+    ]
 
 
 def test_what_is_missing_is_named(tmp_path) -> None:

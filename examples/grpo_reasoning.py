@@ -6,7 +6,8 @@ The problems are reasoning-gym's `chain_sum` with two terms of one digit ("3 - 8
 the task's own scorer on the whole reply: 1 for the bare right number, less for the right number
 among other words, else 0. The instruct model explains and never just answers: none of 48 sampled
 replies had full marks, so there would be nothing to reinforce. Six supervised steps show it the
-form of an answer; from there on it learns by reward alone.
+form of an answer, with which it gets about half of the sums right; from there on it learns by
+reward alone.
 
 Problems that are asked before and after never occur in training. Reported are the mean reward of
 sampled replies, which is what GRPO maximises, and the share of right greedy answers.
@@ -37,11 +38,11 @@ TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 SYSTEM_PROMPT = "You are a careful calculator. Reply with the final answer only."
 MAX_NEW_TOKENS = 8
 GROUP = 8  # completions of a problem
-PROBLEMS_PER_STEP = 8
+PROBLEMS_PER_STEP = 6
 STEPS = 30
 SFT_STEPS = 6
 SFT_ROWS = 16  # of a supervised step
-EXAM_SAMPLES = 4  # sampled replies to a held-out problem
+EXAM_SAMPLES = 2  # sampled replies to a held-out problem
 EXAM_SEED = 1_000_000  # far from the training seed: item i is drawn from seed + i
 
 

@@ -25,14 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastpost
 from fastpost.demo.smollm2 import smollm2_path
 
-PAIRS_PER_STEP = 12
+PAIRS_PER_STEP = 8
 HELD_OUT_PAIRS = 100
 
 
 def reversal_pairs(num_pairs: int, seed: int) -> list[dict[str, Any]]:
     """Different problems, each with its answer and one in which two neighbours changed places."""
     problems = reasoning_gym.create_dataset(
-        "word_sequence_reversal", size=2 * num_pairs, seed=seed, min_words=3, max_words=5
+        "word_sequence_reversal", size=2 * num_pairs, seed=seed, min_words=3, max_words=4
     )
     choose = random.Random(seed)
     pairs: dict[str, dict[str, Any]] = {}
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     """Train with one method; held-out accuracy before and after."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=["kto", "orpo", "simpo"], default="simpo")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps (default 30)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default 40)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 

@@ -1,11 +1,15 @@
-"""Train a reward model that tells right sums from wrong ones, on a laptop's CPU.
+"""Train a reward model that tells sorted lists of numbers from wrongly sorted ones, on a CPU.
 
     python examples/reward_model.py --output reward-model
 
-SmolLM2-135M gets a reward head and learns from pairs: a problem of reasoning-gym with its answer
-and with a wrong one. No held-out problem is ever trained on: a checksum of the problem itself puts
-it on one side or the other. The saved folder loads with `AutoModelForSequenceClassification` and
-serves as `reward_funcs` of GRPO and RLOO, or as the reward model of PPO.
+SmolLM2-135M gets a reward head and learns from pairs: a problem of reasoning-gym's `number_sorting`
+with its answer, and with one in another order. Each problem comes with several wrong answers, next
+to each other in the data: in a batch they share their prompt and the right answer, so that three
+more pairs of a problem cost little more than their wrong answers.
+
+No held-out problem is ever trained on: a checksum of its numbers puts it on one side or the other.
+The saved folder loads with `AutoModelForSequenceClassification` and serves as `reward_funcs` of
+GRPO and RLOO, or as the reward model of PPO.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+import zlib
 from typing import Any
 
 import reasoning_gym
@@ -22,50 +27,72 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastpost import RewardConfig, RewardTrainer
 from fastpost.demo.smollm2 import smollm2_path
-from fastpost.demo.tasks import is_held_out
 
-SYSTEM_PROMPT = "You are a careful calculator. Answer with the number alone."
+SYSTEM_PROMPT = "You are careful with numbers."
+WRONG_ANSWERS = 4  # of each problem
 
 
 def problems(count: int, seed: int, *, held_out: bool) -> list[dict[str, Any]]:
-    """Different sums and differences of two numbers below 100, all of one side."""
+    """`count` problems of three to five numbers from 0 to 99, all of one side."""
     source = reasoning_gym.create_dataset(
-        "chain_sum", seed=seed, size=20_000, min_terms=2, max_terms=2, min_digits=1, max_digits=2
+        "number_sorting",
+        seed=seed,
+        size=8 * count,
+        min_numbers=3,
+        max_numbers=5,
+        max_decimals=0,
+        min_value=0,
+        max_value=99,
     )
-    found: dict[str, dict[str, Any]] = {}
-    for entry in source:
-        if is_held_out(entry) == held_out:
-            found.setdefault(entry["metadata"]["expression"], entry)
-        if len(found) == count:
-            return list(found.values())
-    raise ValueError(f"there are only {len(found)} such problems, {count} were asked for")
+    # The sorted numbers, so that a problem and its permutations are on the same side.
+    sides = ((zlib.crc32(str(sorted(numbers(e, "sorted"))).encode()) % 4 == 0, e) for e in source)
+    found = [entry for is_held_out, entry in sides if is_held_out == held_out]
+    return found[:count]
+
+
+def numbers(entry: dict[str, Any], which: str) -> list[int]:
+    """The "original" or the "sorted" numbers of a problem."""
+    return [round(float(number)) for number in entry["metadata"][f"{which}_numbers"]]
 
 
 def pair(entry: dict[str, Any], source: random.Random) -> dict[str, list[dict[str, str]]]:
-    """The right answer and a wrong one: a slip of the pen half of the time, else any number."""
-    right = int(entry["answer"])
-    slips = [right + slip for slip in (-10, -2, -1, 1, 2, 10)]
-    others = [number for number in range(-99, 199) if number != right]
-    wrong = source.choice(slips if source.random() < 0.5 else others)
+    """The right answer and a wrong one: two numbers swapped half of the time, else all shuffled."""
+    right = numbers(entry, "sorted")
+    wrong = list(right)
+    while wrong == right:
+        if source.random() < 0.5:
+            i, j = source.sample(range(len(wrong)), 2)
+            wrong[i], wrong[j] = wrong[j], wrong[i]
+        else:
+            source.shuffle(wrong)
+    question = (
+        f"Sort in {entry['metadata']['direction']} order: {shown(numbers(entry, 'original'))}"
+    )
     return {
         "prompt": [
             {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": entry["question"]},
+            {"role": "user", "content": question},
         ],
-        "chosen": [{"role": "assistant", "content": str(right)}],
-        "rejected": [{"role": "assistant", "content": str(wrong)}],
+        "chosen": [{"role": "assistant", "content": shown(right)}],
+        "rejected": [{"role": "assistant", "content": shown(wrong)}],
     }
 
 
-def pairs(count: int, seed: int, *, held_out: bool) -> Dataset:
+def shown(values: list[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def pairs(count: int, seed: int, *, held_out: bool, wrong_answers: int) -> Dataset:
+    """Pairs of `count` problems, those of one problem next to each other."""
     source = random.Random(seed)
-    return Dataset.from_list(
-        [pair(entry, source) for entry in problems(count, seed, held_out=held_out)]
-    )
+    entries = problems(count, seed, held_out=held_out)
+    # Three equal numbers have no wrong order.
+    entries = [entry for entry in entries if len(set(numbers(entry, "sorted"))) > 1]
+    return Dataset.from_list([pair(e, source) for e in entries for _ in range(wrong_answers)])
 
 
 def train(
-    output: str, *, num_pairs: int = 1600, num_held_out: int = 200, seed: int = 0
+    output: str, *, num_problems: int = 480, num_held_out: int = 200, seed: int = 0
 ) -> tuple[float, float]:
     """Train and save; the share of held-out pairs ranked right, before and after."""
     torch.manual_seed(seed)  # the new head is drawn
@@ -77,22 +104,22 @@ def train(
         args=RewardConfig(
             output,
             num_train_epochs=1,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=8 * WRONG_ANSWERS,
             per_device_eval_batch_size=50,
+            train_sampling_strategy="sequential",
             learning_rate=5e-5,
-            lr_scheduler_type="cosine",
-            warmup_steps=10,
+            warmup_steps=5,
             center_rewards_coefficient=0.01,
             gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(),
             bf16=True,
-            logging_steps=10,
+            logging_steps=5,
             save_strategy="no",
             report_to=[],
-            use_cpu=not torch.cuda.is_available(),
             seed=seed,
         ),
-        train_dataset=pairs(num_pairs, seed + 1, held_out=False),
-        eval_dataset=pairs(num_held_out, seed + 2, held_out=True),
+        train_dataset=pairs(num_problems, seed + 1, held_out=False, wrong_answers=WRONG_ANSWERS),
+        eval_dataset=pairs(num_held_out, seed + 2, held_out=True, wrong_answers=1),
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
     before = trainer.evaluate()["eval_accuracy"]
@@ -106,14 +133,14 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder to save the reward model in")
-    parser.add_argument("--pairs", type=int, default=1600, help="pairs to train on")
-    parser.add_argument("--held-out", type=int, default=200, help="pairs to measure on")
+    parser.add_argument("--problems", type=int, default=480, help="problems to train on")
+    parser.add_argument("--held-out", type=int, default=200, help="problems to measure on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()
     before, after = train(
         options.output,
-        num_pairs=options.pairs,
+        num_problems=options.problems,
         num_held_out=options.held_out,
         seed=options.seed,
     )

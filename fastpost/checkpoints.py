@@ -6,6 +6,7 @@ same folder, flushed to the disk, and renamed: under its own name it is complete
 
     _saving/checkpoint-N ─► fsync every file ─► rename to checkpoint-N ─► fsync the folder
 
+The folder is on a disk that all processes share, or each node saves its own (`save_on_each_node`).
 A name that begins with "_" is neither resumed from, nor rotated, nor uploaded by transformers.
 `recover` clears what a killed process left there, and puts back a checkpoint that was being
 replaced.

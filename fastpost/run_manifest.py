@@ -3,7 +3,8 @@
 A run resumed with another loss, beta, length, seed, batch or data set goes on without an error and
 is a run of neither setting. Each checkpoint therefore holds `fastpost_run.json`:
 
-    objective   fields of the method's configuration, optimizer, seeds, rows a step    must agree
+    objective   fields of the method's configuration, adapter, reward functions,
+                optimizer, seeds, rows a step                                          must agree
     data        rows and SHA-256 of the prepared training data                         must agree
     reference   digest of the reference's weights, where there is a reference          must agree
     schedule    learning rate and its schedule, number of steps, precision, layout     warned of
@@ -63,6 +64,13 @@ _SCHEDULE = frozenset(
         "warmup_steps",
     }
 )
+_NEUTRAL_OF_ADAPTER = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+}
 # transformers restores the scheduler, and with it the rate the schedule is a share of.
 _REMARKS = {"learning_rate": " (the checkpoint's stays in force)"}
 # Of a method's fields: how it is computed, shown or loaded, not what.
@@ -94,13 +102,22 @@ _NEUTRAL = frozenset(
 )
 
 
-def describe_run(args: Any, train_dataset: Any, reference: str | None = None) -> dict[str, Any]:
+def describe_run(
+    args: Any,
+    train_dataset: Any,
+    *,
+    reference: str | None = None,
+    adapters: dict[str, Any] | None = None,
+    rewards: list[str] | None = None,
+) -> dict[str, Any]:
     """The manifest of a run.
 
     Args:
         args: the configuration, as the trainer holds it.
         train_dataset: the prepared training data.
         reference: digest of the reference's weights.
+        adapters: name -> configuration of each of the policy's adapters (PEFT's `peft_config`).
+        rewards: names of the reward functions.
     """
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {field.name for field in dataclasses.fields(args) if field.init} - inherited - _NEUTRAL
@@ -109,6 +126,11 @@ def describe_run(args: Any, train_dataset: Any, reference: str | None = None) ->
     objective["rows_per_step"] = (
         args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     )
+    objective["adapters"] = {
+        name: {k: v for k, v in _plain(config.to_dict()).items() if k not in _NEUTRAL_OF_ADAPTER}
+        for name, config in (adapters or {}).items()
+    }
+    objective["reward_funcs"] = rewards
     return {
         "objective": objective,
         "data": describe_data(train_dataset),
@@ -186,6 +208,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(entry) for entry in value)
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return type(value).__name__

@@ -12,6 +12,8 @@ from transformers.utils import ModelOutput
 class ScoredOutput(ModelOutput):
     """What a call with `fused_lm_head=True` returns. Fields not asked for are None.
 
+    It is a mapping too, so no field may have the name of a mapping's method.
+
     Per-token fields are `[B, T-1]` (`[B, T]` with `shift_labels`) and zero where a label is -100.
 
     Attributes:
@@ -22,7 +24,7 @@ class ScoredOutput(ModelOutput):
         log_sum_sq_probs: `log Σ p²`, without gradient.
         mean_logits: mean logit over the vocabulary, without gradient.
         is_top1: whether the label is the most likely token.
-        values: what the model's `value_head` says of the state that predicts each label.
+        state_values: what the model's `value_head` says of the state that predicts each label.
         label_mask: True where a label is scored.
         aux_loss: load-balancing loss of a mixture of experts, unweighted.
     """
@@ -33,7 +35,7 @@ class ScoredOutput(ModelOutput):
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
-    values: Tensor | None = None
+    state_values: Tensor | None = None
     label_mask: Tensor | None = None
     aux_loss: Tensor | None = None
 

@@ -35,7 +35,7 @@ from fastpost.self_check import compare_head, compare_packed
 
 IGNORE_INDEX = -100
 HEAD_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-OPTIONAL_OUTPUTS = (*HEAD_OUTPUTS, "values")
+OPTIONAL_OUTPUTS = (*HEAD_OUTPUTS, "state_values")
 
 
 def accelerate_model(
@@ -55,7 +55,7 @@ def accelerate_model(
         memory_budget_gb: workspace of the head in GiB; None takes the kernel's default.
         temperature: logits are divided by it.
         cast_lm_head_to_fp32: multiply by the head in fp32, outside autocast.
-        outputs: fields of `ScoredOutput` to compute beside `log_probs`. "values" asks the module
+        outputs: fields of `ScoredOutput` to compute beside `log_probs`. "state_values" asks
             `model.value_head`, a linear layer of one output, about each scored hidden state.
 
     Returns:
@@ -63,8 +63,8 @@ def accelerate_model(
 
     Raises:
         TypeError: not a transformers model with an output embedding.
-        ValueError: unknown output name, "values" without a value head, non-positive temperature or
-            budget, or the model's own logits differ from what the head computes.
+        ValueError: unknown output name, "state_values" without a value head, non-positive
+            temperature or budget, or the model's own logits differ from what the head computes.
     """
     base: Any = model
     if hasattr(model, "get_base_model"):  # PEFT
@@ -80,7 +80,7 @@ def accelerate_model(
             f"unknown outputs {sorted(unknown)}; choose from log_probs, "
             f"{', '.join(OPTIONAL_OUTPUTS)}"
         )
-    if "values" in outputs and not isinstance(getattr(base, "value_head", None), nn.Module):
+    if "state_values" in outputs and not isinstance(getattr(base, "value_head", None), nn.Module):
         raise ValueError(
             f"outputs has 'values' but {type(base).__name__} has no value_head; set "
             "model.value_head = torch.nn.Linear(hidden_size, 1) first"
@@ -133,8 +133,8 @@ class Engine(PackedBackbone):
 
         log_probs = place(result.logprob)
         optional = {name: place(getattr(result, name)) for name in self._head_outputs}
-        if "values" in self.outputs:
-            optional["values"] = place(_values(model, hidden[index]))
+        if "state_values" in self.outputs:
+            optional["state_values"] = place(_values(model, hidden[index]))
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = -log_probs.sum() / count
         if aux_loss is not None:

@@ -438,9 +438,9 @@ def test_autocast_multiplies_in_half_precision(batch) -> None:
 def test_value_head_reads_the_states_that_predict_the_labels(batch) -> None:
     model = llama().train()
     with pytest.raises(ValueError, match="value_head"):
-        fastpost.accelerate_model(model, outputs=("values",))
+        fastpost.accelerate_model(model, outputs=("state_values",))
     model.value_head = torch.nn.Linear(32, 1)
-    fastpost.accelerate_model(model, outputs=("log_probs", "values"))
+    fastpost.accelerate_model(model, outputs=("log_probs", "state_values"))
     output = model(**batch, fused_lm_head=True)
     stock = llama().train()
     stock.value_head = copy.deepcopy(model.value_head)
@@ -448,9 +448,9 @@ def test_value_head_reads_the_states_that_predict_the_labels(batch) -> None:
     hidden = stock.model(**inputs).last_hidden_state[:, :-1]
     scored = batch["labels"][:, 1:] != -100
     expected = stock.value_head(hidden)[..., 0] * scored
-    torch.testing.assert_close(output.values, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.state_values, expected, atol=1e-5, rtol=1e-5)
     weights = torch.randn(expected.shape)
-    for values, owner in ((output.values, model), (expected, stock)):
+    for values, owner in ((output.state_values, model), (expected, stock)):
         (values * weights).sum().backward()
         assert owner.value_head.weight.grad.abs().sum() > 0
     torch.testing.assert_close(
@@ -459,3 +459,12 @@ def test_value_head_reads_the_states_that_predict_the_labels(batch) -> None:
         atol=1e-5,
         rtol=1e-4,
     )
+
+
+def test_output_is_still_a_mapping(batch) -> None:
+    """DDP walks outputs through `values()`; no field may hide a method of the mapping."""
+    model = llama()
+    fastpost.accelerate_model(model)
+    scored = model(**batch, fused_lm_head=True)
+    assert [value is not None for value in scored.values()] == [True] * len(scored)
+    assert not set(type(scored).__dataclass_fields__) & set(dir(dict))

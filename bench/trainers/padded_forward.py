@@ -39,7 +39,7 @@ def use_padded_forward(engine: Engine) -> None:
         )
         if hasattr(self, "value_head"):
             weight = self.value_head.weight
-            output.values = self.value_head(hidden.to(weight.dtype))[..., 0].float() * mask
+            output.state_values = self.value_head(hidden.to(weight.dtype))[..., 0].float() * mask
         return output
 
     model.forward = types.MethodType(forward, model)

@@ -81,7 +81,7 @@ def token_scores(model: Any, batch: Batch, value_model: Any = None) -> TokenScor
     labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
     labels[:, -width:] = batch["input_ids"][:, -width:].masked_fill(~response_mask, IGNORE_INDEX)
     output = model(**inputs, labels=labels, fused_lm_head=True)
-    values = output.values
+    values = output.state_values
     if value_model is not None:
         # the state that predicts a token stands one place before it
         value_mask = torch.zeros_like(labels, dtype=torch.bool)

@@ -1,7 +1,9 @@
 """What every trainer of ours does beside its method: the engine, and checkpoints to go on from.
 
 Checkpoints are written whole or not at all (`fastpost.checkpoints`), carry what transformers leaves
-out, and are refused by a run with another objective or other data (`fastpost.run_manifest`). A run
+out, and are refused by a run with another objective or other data (`fastpost.run_manifest`). The
+fingerprint of the chat template goes with every saved model, and a model that was trained with
+another template or tokenizer is refused at construction (`fastpost.guards.template`). A run
 that was killed and resumed computes, bit for bit, what it would have computed undisturbed. For that
 a checkpoint also holds
 
@@ -41,6 +43,7 @@ from fastpost.checkpoints import (
     write_state,
 )
 from fastpost.guards.reference import fingerprint
+from fastpost.guards.template import check_fingerprint, save_fingerprint
 from fastpost.references import ReferenceConfig, describe_reference
 from fastpost.run_manifest import describe_run, differences, read_manifest, write_manifest
 
@@ -89,6 +92,7 @@ class EngineTrainer(_Trainer):
         if isinstance(self.args, ReferenceConfig):
             logger.warning("reference: %s", describe_reference(self))
         self.add_callback(_GoOnExactly(self))
+        check_fingerprint(self.model, self.processing_class)
 
     def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Weights that make up the reference; methods with a reference say which."""
@@ -127,7 +131,13 @@ class EngineTrainer(_Trainer):
             hashes = fingerprint(self._reference_tensors())
             if hashes:
                 reference = hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
-        return describe_run(self.args, self.train_dataset, reference)
+        return describe_run(
+            self.args,
+            self.train_dataset,
+            reference=reference,
+            adapters=getattr(self.model, "peft_config", None),
+            rewards=getattr(self, "reward_func_names", None),
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers asks whether it is done after a step: a finished run would take one more.
@@ -196,6 +206,11 @@ class EngineTrainer(_Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.processing_class is not None:
+            save_fingerprint(output_dir or self.args.output_dir, self.processing_class)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         """What the next step needs beside what transformers saves."""

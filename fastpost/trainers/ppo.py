@@ -151,7 +151,7 @@ class PPOTrainer(PPORollouts, EngineTrainer, Trainer):
         self._value_model = value_model
         outputs = ["log_probs", "entropy"]
         if value_model is None:
-            outputs.append("values")
+            outputs.append("state_values")
         else:
             policies.switch_off_dropout(value_model)
             accelerate_pooled(value_model, prefix_sharing=args.prefix_sharing)

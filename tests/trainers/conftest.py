@@ -20,6 +20,12 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> None:
+    """Reference log-probs of one test are no other test's."""
+    monkeypatch.setenv("FASTPOST_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, ChatML with generation markers."""

@@ -106,6 +106,10 @@ class Method:
     options: Callable[[torch.dtype], dict[str, Any]] = lambda dtype: {}
 
     @property
+    def trainer_class(self) -> Any:
+        return getattr(fastpost, f"{self.name}Trainer")
+
+    @property
     def config_class(self) -> Any:
         return getattr(fastpost, f"{self.name}Config")
 

@@ -104,7 +104,7 @@ GROUPS: dict[str, Probe] = {
 }
 
 SAPO = {**OFF_POLICY, "loss_type": "sapo"}
-VESPO = {**OFF_POLICY, "loss_type": "vespo", "learning_rate": 3e-4}
+VESPO = {**OFF_POLICY, "loss_type": "vespo", "learning_rate": 3e-5}
 ADAPTIVE = {"use_adaptive_entropy": True, "entropy_coef": 0.5, "max_steps": 2}
 RISING = {**ADAPTIVE, "entropy_target": 100.0}
 
@@ -115,7 +115,7 @@ GRPO: dict[str, Probe] = {
     "delta": Changes("loss", 1.0001, {**OFF_POLICY, "epsilon": 0.9}),
     "sapo_temperature_neg": Changes("loss", 5.0, SAPO),
     "sapo_temperature_pos": Changes("loss", 5.0, SAPO),
-    "vespo_k_pos": Changes("loss", 50.0, VESPO),
+    "vespo_k_pos": Changes("loss", 10.0, VESPO),
     "vespo_lambda_pos": Changes("loss", 1.0, VESPO),
     "vespo_k_neg": Changes("loss", 1.0, VESPO),
     "vespo_lambda_neg": Changes("loss", 1.0, VESPO),

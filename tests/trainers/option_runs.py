@@ -107,7 +107,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.template = folder / "template.jinja"
-        self.template.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+        self.template.write_text("{% for m in messages %}<{{ m['content'] }}<|im_end|>{% endfor %}")
         self._known: dict[str, dict[str, Any]] = {}
         self._count = itertools.count()
 

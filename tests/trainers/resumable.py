@@ -78,7 +78,8 @@ def build(case: str, output_dir: Path, models: Path, **config: Any) -> Any:
     method = METHODS[method_name]
     model = method.model()
     model.config._name_or_path = str(saved_model(method_name, models))  # of TRL's references
-    settings = settings_of(method, output_dir, **(SETTINGS | own | config))
+    processes = {"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {}
+    settings = settings_of(method, output_dir, **(SETTINGS | own | processes | config))
     options = method.options(torch.float32) | options
     data = method.data().select(range(rows))
     if "eval_strategy" in config:

@@ -10,6 +10,7 @@ KTO's over its liked rows) are averaged over micro-batches by TRL; the others mu
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def run(
     return found
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("invariance")
+
+
+@cache
+def whole(case: str, folder: Path) -> dict[str, Any]:
+    """The run that the others are compared with: one batch of all rows."""
+    return run(case, folder)
+
+
 class LeftPadding:
     """A collator's batch with every row's padding in front."""
 
@@ -128,15 +140,15 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], with_metrics: bool =
 
 @pytest.mark.parametrize("cut", [2, 4])
 @pytest.mark.parametrize("case", marked(CUTTABLE))
-def test_micro_batches(case, cut, tmp_path) -> None:
+def test_micro_batches(case, cut, folder) -> None:
     # KTO's metrics are means over the liked rows of a micro-batch, however many those are.
-    found = run(case, tmp_path), run(case, tmp_path, cut=cut)
+    found = whole(case, folder), run(case, folder, cut=cut)
     assert_same(*found, with_metrics=case != "KTO")
 
 
 @pytest.mark.parametrize("case", marked(["SFT", "DPO", "KTO", "CPO", "Reward", "PRM"]))
-def test_one_by_one(case, tmp_path) -> None:
-    found = run(case, tmp_path), run(case, tmp_path, cut=NUM_ROWS)
+def test_one_by_one(case, folder) -> None:
+    found = whole(case, folder), run(case, folder, cut=NUM_ROWS)
     assert_same(*found, with_metrics=case != "KTO")
 
 
@@ -161,41 +173,41 @@ def layouts() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "config"), layouts())
-def test_layout(name, config, tmp_path) -> None:
-    assert_same(run(name, tmp_path), run(name, tmp_path, **config))
+def test_layout(name, config, folder) -> None:
+    assert_same(whole(name, folder), run(name, folder, **config))
 
 
 @pytest.mark.parametrize("name", marked(["SFT", "DPO", "KTO", "Reward", "PRM"]))
-def test_side_of_padding(name, tmp_path) -> None:
-    left = run(name, tmp_path, pads_left=True)
+def test_side_of_padding(name, folder) -> None:
+    left = run(name, folder, pads_left=True)
     assert not left["batches"][0]["attention_mask"][:, 0].all()
-    assert_same(run(name, tmp_path), left)
+    assert_same(whole(name, folder), left)
 
 
 @pytest.mark.parametrize("case", marked(c for c in CUTTABLE if c.split("-")[0] not in ON_POLICY))
-def test_order_of_rows(case, tmp_path) -> None:
+def test_order_of_rows(case, folder) -> None:
     method = METHODS[case.split("-")[0]]
     data = equal_lengths(method) if case.endswith("equal-lengths") else method.data()
     backwards = data.select(list(reversed(range(NUM_ROWS))))
-    assert_same(run(case, tmp_path, data=data), run(case, tmp_path, data=backwards))
+    assert_same(run(case, folder, data=data), run(case, folder, data=backwards))
 
 
-def test_packed_rows(tmp_path) -> None:
+def test_packed_rows(folder) -> None:
     assert_same(
-        run("SFT", tmp_path),
-        run("SFT", tmp_path, packing=True, max_length=512),
+        whole("SFT", folder),
+        run("SFT", folder, packing=True, max_length=512),
     )
 
 
-def test_other_samples_give_another_gradient(tmp_path) -> None:
+def test_other_samples_give_another_gradient(folder) -> None:
     data = METHODS["DPO"].data()
     other = copy.copy(data).select([*range(1, NUM_ROWS), 1])
     with pytest.raises(AssertionError):
-        assert_same(run("DPO", tmp_path, data=data), run("DPO", tmp_path, data=other))
+        assert_same(run("DPO", folder, data=data), run("DPO", folder, data=other))
 
 
-def test_estimates_over_a_micro_batch_are_noticed(tmp_path) -> None:
+def test_estimates_over_a_micro_batch_are_noticed(folder) -> None:
     """KTO's KL is such an estimate: cutting the batch changes the loss, by its definition."""
     config = {"loss_type": "kto", "desirable_weight": 1.0}
     with pytest.raises(AssertionError):
-        assert_same(run("KTO", tmp_path, **config), run("KTO", tmp_path, cut=4, **config))
+        assert_same(run("KTO", folder, **config), run("KTO", folder, cut=4, **config))

@@ -18,6 +18,7 @@ from tests.trainers.option_runs import Runs
 
 PROBES = option_probes.PROBES | option_probes_online.PROBES
 BASE_FIELDS = {f.name for f in dataclasses.fields(transformers.TrainingArguments) if f.init}
+FAST = {"SFT", "DPO", "GRPO"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,7 +38,10 @@ def test_every_field_has_a_probe(name) -> None:
     assert fields - BASE_FIELDS == PROBES[name].keys()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in FAST else pytest.mark.slow, id=n) for n in METHODS],
+)
 def test_equal_options_leave_equal_footprints(name, runs) -> None:
     """Without this the probes below could pass by accident."""
     one = runs.run(name, "plain", {})
@@ -47,12 +51,12 @@ def test_equal_options_leave_equal_footprints(name, runs) -> None:
 
 
 def cases() -> list[Any]:
-    """Runs of the two methods everybody uses are fast tests; refusals cost nothing."""
+    """Runs of one method are fast tests; refusals of all are, since they cost nothing."""
     found = []
     for name in METHODS:
         for option, probe in PROBES[name].items():
             runs_twice = isinstance(probe, Changes | SameRun)
-            marks = pytest.mark.slow if runs_twice and name not in ("SFT", "DPO") else ()
+            marks = pytest.mark.slow if runs_twice and name != "SFT" else ()
             found.append(pytest.param(name, option, probe, id=f"{name}-{option}", marks=marks))
     return found
 

@@ -86,6 +86,8 @@ REFUSED = {
     "use_liger_kernel": True,
     "parallelism_config": ParallelismConfig(tp_size=2),
 }
+# A method with token losses and one with sequence losses and a reference.
+BOTH_KINDS = ["SFT", pytest.param("DPO", marks=pytest.mark.slow)]
 GOES_WITH_LIGER = {"liger_kernel_config"}
 
 
@@ -111,7 +113,7 @@ def test_every_training_argument_is_known() -> None:
     assert sum(map(len, groups)) == len(fields)
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
+@pytest.mark.parametrize("name", BOTH_KINDS)
 @pytest.mark.parametrize("option", CONSUMED)
 def test_option_acts_through_our_forward(name, option, runs) -> None:
     probe = CONSUMED[option]
@@ -215,7 +217,7 @@ def test_token_smoothing_equals_trl(tmp_path) -> None:
         assert_same_gradients(ours, plain)
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
+@pytest.mark.parametrize("name", BOTH_KINDS)
 def test_evaluation_equals_trl(name, tmp_path) -> None:
     """Evaluation losses, metrics of a user's function, and evaluation with the weights in bf16."""
     config = {**EVALUATION, "per_device_eval_batch_size": 3, "evaluates": True}
@@ -225,7 +227,7 @@ def test_evaluation_equals_trl(name, tmp_path) -> None:
     assert_same_history(ours, stock)
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
+@pytest.mark.parametrize("name", BOTH_KINDS)
 def test_evaluation_in_bf16_equals_trl(name, tmp_path) -> None:
     found = []
     for library in (fastpost, trl):
@@ -244,7 +246,7 @@ def test_evaluation_in_bf16_equals_trl(name, tmp_path) -> None:
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=2e-2)
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
+@pytest.mark.parametrize("name", BOTH_KINDS)
 def test_smaller_batch_when_memory_runs_out(name, tmp_path, monkeypatch) -> None:
     """`auto_find_batch_size` starts again with our forward still in place."""
     method = METHODS[name]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,20 +51,38 @@ def test_resumed_run_is_the_run_left_alone(case: str, tmp_path: Path) -> None:
             assert differences(*folders) == [], (step, later)
 
 
-def carry_out(folder: Path, runs: list[dict[str, Any]]) -> list[int]:
-    """Exit statuses of runs in processes of their own."""
+def carry_out(folder: Path, runs: list[dict[str, Any]], ranks: int = 1) -> list[int]:
+    """Exit statuses of runs in processes of their own; each run on so many ranks."""
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.trainers.resumable", str(file)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+            values = (rank, rank, ranks, ranks, port)
+            environment |= {"MASTER_ADDR": "127.0.0.1"}
+            environment |= dict(zip(names, map(str, values), strict=True))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.trainers.resumable", str(file)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=(folder / f"errors-{rank}.txt").open("w"),
+                text=True,
+            )
+        )
+    statuses = []
+    for rank, process in enumerate(started):
+        output, _ = process.communicate(timeout=540)
+        assert process.returncode == 0, (folder / f"errors-{rank}.txt").read_text()[-4000:]
+        statuses.append(json.loads(output.splitlines()[-1]))
+    assert all(other == statuses[0] for other in statuses)
+    return statuses[0]
 
 
 def runs_killed_twice(case: str) -> list[dict[str, Any]]:
@@ -110,6 +129,16 @@ def test_every_method_survives_being_killed(tmp_path: Path) -> None:
     assert statuses == [-signal.SIGKILL, -signal.SIGKILL, 0, 0] * len(CASES)
     for case in CASES:
         assert_same_end(case, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_run_of_two_processes_ends_as_the_run_left_alone(tmp_path: Path) -> None:
+    statuses = carry_out(tmp_path, runs_killed_twice("DPO-cached"), ranks=2)
+    assert statuses == [-signal.SIGKILL, -signal.SIGKILL, 0, 0]
+    assert_same_end("DPO-cached", tmp_path)
+    last = {p.name for p in (tmp_path / "DPO-cached-killed" / "checkpoint-8").iterdir()}
+    assert {f"fastpost_state_{rank}.json" for rank in range(2)} <= last
+    assert {f"rng_state_{rank}.pth" for rank in range(2)} <= last
 
 
 def last_differences(one: Any, other: Any) -> list[str]:

@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "reward_model.py"
 
 
 @pytest.mark.slow
-def test_the_example_tells_right_sums_from_wrong_ones(tmp_path) -> None:
+def test_the_example_tells_sorted_lists_from_wrong_ones(tmp_path) -> None:
     spec = importlib.util.spec_from_file_location("reward_model_example", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
@@ -28,7 +28,7 @@ def test_the_example_tells_right_sums_from_wrong_ones(tmp_path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     engine = accelerate_pooled(model.requires_grad_(False))
-    rows = example.pairs(100, 77, held_out=True)
+    rows = example.pairs(100, 77, held_out=True, wrong_answers=1)
     rewards = []
     for side in ("chosen", "rejected"):
         texts = [
@@ -38,4 +38,4 @@ def test_the_example_tells_right_sums_from_wrong_ones(tmp_path) -> None:
         with torch.no_grad():
             rewards.append(model(**inputs).logits[:, 0])
     assert engine.packed_forwards == 2 and not engine.fallbacks
-    assert float((rewards[0] > rewards[1]).float().mean()) >= 0.75
+    assert float((rewards[0] > rewards[1]).float().mean()) >= 0.8

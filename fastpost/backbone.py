@@ -193,6 +193,8 @@ class PackedBackbone(ABC):
 
     def _plan(self, arguments: dict[str, Any], scored: Tensor) -> PackPlan | None:
         reason = self.unpackable_reason or foreign_argument(arguments)
+        if not self.is_installed:
+            reason = "the engine was removed; this is a copy of its model"
         if reason is None:
             # Every token enters a load-balancing loss, and a batch without labels still has to
             # reach every parameter; otherwise tokens behind the last scored place are left out.

@@ -468,3 +468,14 @@ def test_output_is_still_a_mapping(batch) -> None:
     scored = model(**batch, fused_lm_head=True)
     assert [value is not None for value in scored.values()] == [True] * len(scored)
     assert not set(type(scored).__dataclass_fields__) & set(dir(dict))
+
+
+def test_a_copy_outlives_the_engine(batch) -> None:
+    """The attention functions are unwrapped by then, so a plan would be ignored."""
+    model = llama()
+    engine = fastpost.accelerate_model(model)
+    twin = copy.deepcopy(model)
+    engine.remove()
+    with pytest.warns(FastpostWarning, match="removed"):
+        scored = twin(**batch, fused_lm_head=True).log_probs
+    torch.testing.assert_close(scored, stock_logps(llama(), batch), atol=2e-5, rtol=1e-5)

@@ -80,7 +80,6 @@ PROCESSORS = {
     processor.name: processor
     for processor in (
         Processor("sm_80", "cuda", 80, 32, 64, 32, 65536, 256, 164 * KIB, 163 * KIB, KIB, 0),
-        Processor("sm_89", "cuda", 89, 32, 48, 24, 65536, 256, 100 * KIB, 99 * KIB, KIB, 0),
         Processor("sm_90", "cuda", 90, 32, 64, 32, 65536, 256, 228 * KIB, 227 * KIB, KIB, 0),
         Processor("sm_100", "cuda", 100, 32, 64, 32, 65536, 256, 228 * KIB, 227 * KIB, KIB, 512),
         Processor("sm_120", "cuda", 120, 32, 48, 24, 65536, 256, 100 * KIB, 99 * KIB, KIB, 0),

@@ -15,6 +15,7 @@ from typing import Any
 _OWN_SAMPLER = {"GRPOConfig", "RLOOConfig"}
 
 _SYNCED = ("sync_ref_model", {True})
+_PRECOMPUTED = ("precompute_ref_log_probs", {True})
 _ENCODER_DECODER = ("is_encoder_decoder", {True})
 _VLLM = ("use_vllm", {True})
 _VLLM_FIELDS = (
@@ -44,10 +45,12 @@ _READ_ONLY_UNDER: dict[str, dict[str, tuple[str, set[Any]]]] = {
         "label_smoothing": ("loss_type", {"exo_pair", "robust", "aot", "aot_unpaired"}),
         "discopop_tau": ("loss_type", {"discopop"}),
         "f_alpha_divergence_coef": ("f_divergence_type", {"alpha_divergence"}),
+        "precompute_ref_batch_size": _PRECOMPUTED,
         "ref_model_mixup_alpha": _SYNCED,
         "ref_model_sync_steps": _SYNCED,
     },
     "KTOConfig": {
+        "precompute_ref_batch_size": _PRECOMPUTED,
         "ref_model_mixup_alpha": _SYNCED,
         "ref_model_sync_steps": _SYNCED,
     },

@@ -3,8 +3,8 @@
     python examples/preference_learning.py --method simpo
 
 SmolLM2-135M-Instruct cannot reverse a list of words: asked for it, it prefers a nearly reversed
-list to the right one in most problems. The problems come from reasoning-gym; half a minute of LoRA
-training on two CPU cores turns that round on problems it has never seen. Needs
+list to the right one in most problems. The problems come from reasoning-gym; a minute or two of
+LoRA training on two CPU cores turns that round on problems it has never seen. Needs
 `pip install "fastpost[demo]"`; nothing else is downloaded.
 """
 
@@ -68,7 +68,10 @@ def labelled_rows(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def preference_accuracy(model: Any, tokenizer: Any, pairs: list[dict[str, Any]]) -> float:
-    """Share of the pairs whose right answer has the higher log-prob per token."""
+    """Share of the pairs whose right answer has the higher log-prob per token.
+
+    The model has the engine's forward: `fused_lm_head=True` returns log-probs and builds no logits.
+    """
     was_training = model.training
     model.eval()
     rows = []

@@ -106,6 +106,11 @@ def _weight(args: Any) -> tuple[str, Any]:
     return name, getattr(args, name)
 
 
+def weighs_reference(args: Any) -> bool:
+    """Whether the objective has a term with the reference at all."""
+    return _weight(args)[1] != 0
+
+
 def frozen_reference(args: Any, model: Any, ref_model: Any, adapter: bool) -> Any:
     """The second model that `reference="frozen"` asks for.
 
@@ -169,4 +174,5 @@ __all__ = [
     "drop_reference_adapter",
     "frozen_reference",
     "has_adapter",
+    "weighs_reference",
 ]

@@ -82,7 +82,6 @@ PROCESSORS = {
         Processor("sm_80", "cuda", 80, 32, 64, 32, 65536, 256, 164 * KIB, 163 * KIB, KIB, 0),
         Processor("sm_90", "cuda", 90, 32, 64, 32, 65536, 256, 228 * KIB, 227 * KIB, KIB, 0),
         Processor("sm_100", "cuda", 100, 32, 64, 32, 65536, 256, 228 * KIB, 227 * KIB, KIB, 512),
-        Processor("sm_120", "cuda", 120, 32, 48, 24, 65536, 256, 100 * KIB, 99 * KIB, KIB, 0),
         Processor("gfx942", "hip", "gfx942", 64, 32, 32, 131072, 512, 64 * KIB, 64 * KIB, 0, 0),
     )
 }

@@ -7,7 +7,6 @@ distance of sampling and learning model is measured, and the reference is watche
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, ClassVar
 from warnings import warn
@@ -17,11 +16,8 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
-from fastpost.guards.reference import (
-    ReferenceUnchanged,
-    fingerprint,
-    refuse_shared_reference,
-)
+from fastpost.guards.reference import fingerprint, refuse_shared_reference
+from fastpost.references import check_reference, drop_reference_adapter, has_adapter
 from fastpost.rollout.interface import Completions, Rollout
 from fastpost.rollout.mismatch import MismatchMeter
 from fastpost.rollout.transformers_rollout import TransformersRollout
@@ -30,6 +26,7 @@ from fastpost.scoring import Engine, FastpostWarning
 from fastpost.trainers.engine_config import as_config, refuse_unsupported
 from fastpost.trainers.engine_trainer import EngineTrainer
 from fastpost.trainers.group_order import groups_kept_together, warn_of_split_groups
+from fastpost.trainers.reference_guard import ReferenceGuard
 
 
 def as_group_config(args: Any, config_class: type[Any]) -> Any:
@@ -41,13 +38,17 @@ def as_group_config(args: Any, config_class: type[Any]) -> Any:
     return as_config(args, config_class)
 
 
-def refuse_before_loading(args: Any, train_dataset: Any, method: str, has_tools: bool) -> None:
+def refuse_before_loading(
+    args: Any, model: Any, peft_config: Any, train_dataset: Any, method: str, has_tools: bool
+) -> None:
     """Refuse before anything is loaded what would fail later.
 
     Raises:
         ImportError: vLLM is asked for and not installed.
         ValueError: an option the engine cannot honour, or a data set without prompts.
     """
+    adapter = has_adapter(model, peft_config)
+    check_reference(args, method, ("base" if adapter else "frozen", "none"), adapter)
     refuse_unsupported(args)
     if args.use_vllm:
         require_vllm()
@@ -69,7 +70,7 @@ def refuse_before_loading(args: Any, train_dataset: Any, method: str, has_tools:
     warn_of_split_groups(args)
 
 
-class GroupTrainer(EngineTrainer):
+class GroupTrainer(ReferenceGuard, EngineTrainer):
     """Mixed in before `trl.GRPOTrainer` or `trl.RLOOTrainer`.
 
     Attributes:
@@ -83,6 +84,7 @@ class GroupTrainer(EngineTrainer):
 
     def _set_up(self: Any, engines: list[Engine]) -> None:
         """After TRL's constructor: engines, rollout, guards."""
+        drop_reference_adapter(self.args, self.model)
         self._take_engines(engines)
         args = self.args
         is_apart = args.use_vllm or args.rollout_dtype is not None
@@ -92,7 +94,7 @@ class GroupTrainer(EngineTrainer):
         refuse_shared_reference(self.model, self.ref_model)
         self._warn_of_other_reference()
         if self.beta != 0.0:
-            self.add_callback(ReferenceUnchanged(self._reference_tensors))
+            self._guard_reference()
 
     def _make_rollout(self: Any, needs_logps: bool) -> Rollout:
         if self.use_vllm:
@@ -148,15 +150,6 @@ class GroupTrainer(EngineTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
-
-    def _reference_tensors(self: Any) -> Iterator[tuple[str, Tensor]]:
-        """Weights that make up the reference: its own, or the policy's frozen ones."""
-        if self.ref_model is None:
-            for name, parameter in self.model.named_parameters():
-                if not parameter.requires_grad:
-                    yield name, parameter
-        elif not self.args.sync_ref_model:
-            yield from self.ref_model.named_parameters()
 
     def _warn_of_other_reference(self: Any) -> None:
         """TRL loads the reference from where the policy came from, not from the policy."""

@@ -28,6 +28,7 @@ from typing import Any
 import trl
 from trl.trainer import grpo_trainer as trl_grpo
 
+from fastpost.references import ReferenceConfig
 from fastpost.rollout.rollout_config import RolloutConfig
 from fastpost.trainers.engine_config import EngineConfig
 from fastpost.trainers.group_trainer import (
@@ -39,8 +40,8 @@ from fastpost.trainers.seam import engine_at_seam
 
 
 @dataclass
-class GRPOConfig(EngineConfig, RolloutConfig, trl.GRPOConfig):
-    """`trl.GRPOConfig` and the fields of engine and rollout."""
+class GRPOConfig(EngineConfig, ReferenceConfig, RolloutConfig, trl.GRPOConfig):
+    """`trl.GRPOConfig`, the fields of engine and rollout, and `reference`."""
 
 
 class GRPOTrainer(GroupTrainer, trl.GRPOTrainer):
@@ -65,7 +66,8 @@ class GRPOTrainer(GroupTrainer, trl.GRPOTrainer):
     ) -> None:
         args = as_group_config(args, GRPOConfig)
         has_tools = bool(kwargs.get("tools") or kwargs.get("environment_factory"))
-        refuse_before_loading(args, train_dataset, "GRPO", has_tools)
+        peft_config = kwargs.get("peft_config")
+        refuse_before_loading(args, model, peft_config, train_dataset, "GRPO", has_tools)
         with engine_at_seam(trl_grpo, args) as engines:
             super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
         self._set_up(engines)

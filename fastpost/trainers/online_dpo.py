@@ -26,7 +26,6 @@ Checked: the reference's weights are the same at the end as at the beginning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +37,14 @@ from trl.import_utils import TRLExperimentalWarning
 from trl.models import unwrap_model_for_generation
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
-from fastpost.guards.reference import ReferenceUnchanged, refuse_shared_reference
+from fastpost.guards.reference import refuse_shared_reference
+from fastpost.references import (
+    ReferenceConfig,
+    check_reference,
+    drop_reference_adapter,
+    frozen_reference,
+    has_adapter,
+)
 from fastpost.rollout.mismatch import MismatchMeter
 from fastpost.rollout.rollout_config import RolloutConfig
 from fastpost.rollout.transformers_rollout import TransformersRollout
@@ -46,6 +52,7 @@ from fastpost.rollout.vllm_rollout import require_vllm
 from fastpost.scoring import IGNORE_INDEX, accelerate_model
 from fastpost.trainers.engine_config import EngineConfig, as_config, refuse_unsupported
 from fastpost.trainers.engine_trainer import EngineTrainer
+from fastpost.trainers.reference_guard import ReferenceGuard
 
 # TRL warns that what lies there may move. We are built and tested against one version of TRL.
 with warnings.catch_warnings():
@@ -54,11 +61,11 @@ with warnings.catch_warnings():
 
 
 @dataclass
-class OnlineDPOConfig(EngineConfig, RolloutConfig, trl_online_dpo.OnlineDPOConfig):
-    """TRL's `OnlineDPOConfig` and the fields of engine and rollout."""
+class OnlineDPOConfig(EngineConfig, ReferenceConfig, RolloutConfig, trl_online_dpo.OnlineDPOConfig):
+    """TRL's `OnlineDPOConfig`, the fields of engine and rollout, and `reference`."""
 
 
-class OnlineDPOTrainer(EngineTrainer, trl_online_dpo.OnlineDPOTrainer):
+class OnlineDPOTrainer(ReferenceGuard, EngineTrainer, trl_online_dpo.OnlineDPOTrainer):
     """TRL's `OnlineDPOTrainer` on the packed, prefix-shared, logit-free forward.
 
     Overrides `_forward` and `_generate`.
@@ -85,11 +92,15 @@ class OnlineDPOTrainer(EngineTrainer, trl_online_dpo.OnlineDPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_config(args, OnlineDPOConfig)
+        adapter = has_adapter(model, kwargs.get("peft_config"))
+        check_reference(args, "online DPO", ("base", "frozen"), adapter, ref_model)
         _refuse_before_loading(args, train_dataset)
         refuse_shared_reference(model, ref_model)
+        ref_model = frozen_reference(args, model, ref_model, adapter)
         super().__init__(
             model, ref_model, reward_funcs, args, data_collator, train_dataset, *rest, **kwargs
         )
+        drop_reference_adapter(args, self.model)
         self._take_engines(
             [
                 accelerate_model(
@@ -102,7 +113,7 @@ class OnlineDPOTrainer(EngineTrainer, trl_online_dpo.OnlineDPOTrainer):
                 if scored is not None
             ]
         )
-        self.add_callback(ReferenceUnchanged(self._reference_tensors))
+        self._guard_reference()
         needs_meter = args.rollout_dtype is not None or args.rollout_mismatch_limit is not None
         self.mismatch = MismatchMeter(args.rollout_mismatch_limit) if needs_meter else None
         self.rollout = None if args.use_vllm else self._make_rollout(needs_meter)
@@ -127,15 +138,6 @@ class OnlineDPOTrainer(EngineTrainer, trl_online_dpo.OnlineDPOTrainer):
             needs_logps=needs_logps,
             logps_temperature=1.0,
         )
-
-    def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights that make up the reference: its own, or the policy's frozen ones."""
-        if self.ref_model is not None:
-            yield from self.ref_model.named_parameters()
-            return
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                yield name, parameter
 
     def _generate(self, model: Any, prompts: Any, images: Any = None) -> Any:
         self._rollout_logps = None

@@ -8,19 +8,19 @@ from typing import Any
 from torch import Tensor
 
 from fastpost.guards.reference import ReferenceUnchanged
+from fastpost.references import weighs_reference
 
 
 class ReferenceGuard:
-    """Mixed in before a TRL trainer with `ref_model`, `sync_ref_model` and a precomputed reference.
+    """Mixed in before a trainer with `ref_model`.
 
-    The reference is a second model, log-probs computed beforehand, or the policy without its
-    adapter.
+    The reference is a second model, log-probs computed beforehand, the policy without its adapter,
+    or none where its weight in the objective is 0.
     """
 
     model: Any
     ref_model: Any
     args: Any
-    precompute_ref_logps: bool
     add_callback: Any
 
     def _guard_reference(self) -> None:
@@ -30,10 +30,10 @@ class ReferenceGuard:
     def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Weights that make up the reference: its own, or the policy's frozen ones."""
         if self.ref_model is not None:
-            if not self.args.sync_ref_model:
+            if not getattr(self.args, "sync_ref_model", False):
                 yield from self.ref_model.named_parameters()
             return
-        if self.precompute_ref_logps:
+        if getattr(self, "precompute_ref_logps", False) or not weighs_reference(self.args):
             return
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:

@@ -27,6 +27,7 @@ import trl
 from torch import Tensor
 from trl.trainer import rloo_trainer as trl_rloo
 
+from fastpost.references import ReferenceConfig
 from fastpost.rollout.rollout_config import RolloutConfig
 from fastpost.trainers.engine_config import EngineConfig
 from fastpost.trainers.group_trainer import (
@@ -38,8 +39,8 @@ from fastpost.trainers.seam import engine_at_seam
 
 
 @dataclass
-class RLOOConfig(EngineConfig, RolloutConfig, trl.RLOOConfig):
-    """`trl.RLOOConfig` and the fields of engine and rollout."""
+class RLOOConfig(EngineConfig, ReferenceConfig, RolloutConfig, trl.RLOOConfig):
+    """`trl.RLOOConfig`, the fields of engine and rollout, and `reference`."""
 
 
 class RLOOTrainer(GroupTrainer, trl.RLOOTrainer):
@@ -63,7 +64,8 @@ class RLOOTrainer(GroupTrainer, trl.RLOOTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_group_config(args, RLOOConfig)
-        refuse_before_loading(args, train_dataset, "RLOO", has_tools=False)
+        peft_config = kwargs.get("peft_config")
+        refuse_before_loading(args, model, peft_config, train_dataset, "RLOO", has_tools=False)
         with engine_at_seam(trl_rloo, args) as engines:
             super().__init__(model, reward_funcs, args, train_dataset, *rest, **kwargs)
         if self.use_vllm:

@@ -26,11 +26,7 @@ from fastpost_kernels import _prefix_costs, _vocab_tiles, _vocab_workspace
 
 ROOT = Path(__file__).parents[2]
 KERNEL_FOLDER = ROOT / "kernels" / "torch-ext" / "fastpost_kernels"
-TENSOR_CORES = dict.fromkeys(("sm_80", "sm_120"), "mma.sync") | {
-    "sm_90": "wgmma",
-    "sm_100": "tcgen05",
-    "gfx942": "mfma",
-}
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 OURS = [kernel for kernel in registry.KERNELS if kernel.package == "fastpost"]
 
 Rows = list[dict[str, Any]]

@@ -38,9 +38,9 @@ def choose_tiles(
 ) -> dict[str, tuple[int, int, int, int]]:
     """(BLOCK_M, BLOCK_N, warps, stages) per kernel, for the larger head size of a call.
 
-    Not one of them spills when compiled for `capability` 80, 90, 100, 120 or AMD (gfx942), with or
-    without softcap and window, which a test asserts (on 89 three variants spill 8 to 24 bytes); none
-    was timed on a GPU.
+    Not one of them spills when compiled for `capability` 80, 90, 100 or AMD (gfx942), with or
+    without softcap and window, which a test asserts; on 89 a few spill up to 24 bytes. None was
+    timed on a GPU.
     """
     if itemsize > 2:  # fp32 products do not use tensor cores: for checks rather than speed
         return dict.fromkeys(("forward", "grad_query", "grad_key"), (32, 32, 4, 1))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import tempfile
 import time
 from typing import Any
@@ -29,7 +30,10 @@ from fastpost.demo.smollm2 import smollm2_path
 
 # Shown to the policy as an earlier turn, so that its first samples look like answers at all.
 EXAMPLE = [
-    {"role": "user", "content": "State the final answer to the following arithmetic problem: 31 - 8 ="},
+    {
+        "role": "user",
+        "content": "State the final answer to the following arithmetic problem: 31 - 8 =",
+    },
     {"role": "assistant", "content": "23"},
 ]
 
@@ -43,15 +47,13 @@ def prompts(count: int, seed: int, *, held_out: bool) -> Dataset:
 
 
 def is_right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """The task's own score: 1 for the right number and nothing else."""
-    return [
-        float(completion[0]["content"].strip() == right)
-        for completion, right in zip(completions, answer, strict=True)
-    ]
+    """The task's own score: 1 where the last number of the reply is the answer."""
+    numbers = [re.findall(r"-?\d+", completion[0]["content"]) for completion in completions]
+    return [float(found[-1:] == [right]) for found, right in zip(numbers, answer, strict=True)]
 
 
 def train(
-    reward_model: str, output: str, *, rollouts: int = 12, num_held_out: int = 128, seed: int = 0
+    reward_model: str, output: str, *, rollouts: int = 8, num_held_out: int = 96, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train, and return the figures of the held-out problems before and after."""
     torch.manual_seed(seed)
@@ -101,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reward-model", help="folder of a reward model; trained if left out")
     parser.add_argument("--output", help="folder to save adapter and value head in")
-    parser.add_argument("--rollouts", type=int, default=12)
+    parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()

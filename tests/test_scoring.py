@@ -479,3 +479,14 @@ def test_a_copy_outlives_the_engine(batch) -> None:
     with pytest.warns(FastpostWarning, match="removed"):
         scored = twin(**batch, fused_lm_head=True).log_probs
     torch.testing.assert_close(scored, stock_logps(llama(), batch), atol=2e-5, rtol=1e-5)
+
+
+def test_a_model_that_amplifies_rounding_is_packed_all_the_same() -> None:
+    """In bf16 two correct runs of it are far apart, and no other row has a part in that."""
+    model = llama(num_hidden_layers=32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 60  # attention that picks one token or another
+    engine = fastpost.accelerate_model(model.bfloat16())
+    distance = float(engine.self_check.split("packed rows ")[1].split()[0])
+    assert distance > 0.3 and engine.unpackable_reason is None and not engine.fallbacks

@@ -11,9 +11,11 @@ reach the head. Data, one row, whose other columns reach the reward functions:
 
     {"prompt": [{"role": "user", "content": "2 + 2?"}], "solution": "4"}
 
-One thing differs on purpose. `objective/kl`, `objective/non_score_reward`, `objective/rlhf_reward`
-and `objective/entropy` are sums over completion tokens; TRL's also sum what the models say of the
-padding behind a completion. The loss never did.
+Two things differ on purpose. With gradient accumulation the gradient is the mean over the micro-
+batches; TRL's is their sum, `gradient_accumulation_steps` times as long. And `objective/kl`,
+`objective/non_score_reward`, `objective/rlhf_reward` and `objective/entropy` are sums over
+completion tokens; TRL's also sum what the models say of the padding behind a completion. The loss
+never did.
 
 With `rollout_dtype` completions come from a copy in that dtype; its distance is measured as in
 `grpo`, at temperature 1, which is where this method scores. vLLM and images sample as TRL does.
@@ -125,6 +127,15 @@ class OnlineDPOTrainer(ReferenceGuard, EngineTrainer, trl_online_dpo.OnlineDPOTr
         if isinstance(self._beta, list):
             return self._beta[min(int(self.state.epoch), len(self._beta) - 1)]
         return self._beta
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        # TRL's step calls this with the loss of one micro-batch, and nobody divides.
+        backward, count = self.accelerator.backward, self.current_gradient_accumulation_steps
+        self.accelerator.backward = lambda loss, **options: backward(loss / count, **options)
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            del self.accelerator.backward
 
     def _make_rollout(self, needs_logps: bool) -> TransformersRollout:
         if self.args.cache_implementation is not None:

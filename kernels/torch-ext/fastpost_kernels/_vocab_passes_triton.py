@@ -219,8 +219,9 @@ def fold(
         STORE_EXP=store_exp,
         MAX_LAG=30.0,
         BLOCK_V=block_v,
-        # 8 columns a thread, so that the narrow last tile loads 128 bits at a time too
-        num_warps=max(1, min(8, block_v // 256)),
+        # At least 8 columns a thread, so that a narrow last tile loads 128 bits at a time too, also
+        # in AMD's waves of 64 threads.
+        num_warps=max(1, min(8, block_v // 512)),
     )
 
 

@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastpost import PPOConfig, PPOTrainer
 from fastpost.demo.smollm2 import smollm2_path
 
-
 # Shown to the policy as an earlier turn, so that its first samples look like answers at all.
 EXAMPLE = [
     {

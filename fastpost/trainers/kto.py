@@ -6,9 +6,8 @@
 
 A drop-in for `trl.KTOTrainer`: same constructor, same configuration fields (both `loss_type`s),
 same metrics, same parameters after the same steps. z₀ is estimated on each prompt with the answer
-of its neighbour in the batch. Those rows begin as the batch's own rows do, so the reference scores
-both kinds in one forward in which every prompt is computed once; the policy scores them in a
-forward of their own, because only its rows of the batch need gradients. Data, one row:
+of its neighbour in the batch. Policy and reference score each kind of row in the same forward, so
+that before the first update they agree to the last bit, also in 16 bits. Data, one row:
 
     {"prompt": [{"role": "user", "content": "2 + 2?"}],
      "completion": [{"role": "assistant", "content": "4"}],
@@ -24,16 +23,11 @@ must be the same at the end as at the beginning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import trl
 from datasets import Dataset
-from torch import Tensor
-from torch.nn import functional as F
 from trl.trainer import kto_trainer as trl_kto
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
@@ -58,8 +52,6 @@ from fastpost.trainers.reference_guard import ReferenceGuard
 from fastpost.trainers.seam import engine_at_seam
 
 _ROW_FIELDS = ("input_ids", "attention_mask", "completion_mask")
-# What a batch of text holds. With anything else (images, token types) TRL's own forwards run.
-_TEXT_BATCH = frozenset({*_ROW_FIELDS, *(f"KL_{name}" for name in _ROW_FIELDS), "label"})
 
 
 @dataclass
@@ -70,8 +62,7 @@ class KTOConfig(EngineConfig, ReferenceConfig, trl.KTOConfig):
 class KTOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.KTOTrainer):
     """`trl.KTOTrainer` on the packed, prefix-shared, logit-free forward.
 
-    Overrides `compute_ref_log_probs` and `_compute_loss`, so that the reference takes one forward,
-    and `_precompute_ref_logps`: log-probs computed beforehand come from the cache on disk.
+    Overrides `_precompute_ref_logps`: log-probs computed beforehand come from the cache on disk.
 
     Raises:
         ValueError: the reference shares weights with the policy, or is not what `reference` asks
@@ -119,50 +110,6 @@ class KTOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.KTOTrainer)
         logps = self._cached_reference_logps(rows, len(kinds) * batch_size, name)
         columns = {column: logps[i :: len(kinds)] for i, column in enumerate(kinds.values())}
         return with_columns(dataset, columns)
-
-    def compute_ref_log_probs(
-        self, model: Any, inputs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs `[B]` of the batch's rows and of the mismatched rows, None without those."""
-        if not self.calculate_KL:
-            return super().compute_ref_log_probs(model, inputs)
-        both = _stack_rows(inputs, self._tokenizer.pad_token_id)
-        with _attribute(self, "calculate_KL", False):
-            logps, _ = super().compute_ref_log_probs(model, both)
-        matched, mismatched = logps.chunk(2)
-        return matched, mismatched
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        if self.precompute_ref_logps or not inputs.keys() <= _TEXT_BATCH:
-            return super()._compute_loss(model, inputs, return_outputs)
-        reference = self.model if self.ref_model is None else self.ref_model
-        logps, mismatched_logps = self.compute_ref_log_probs(reference, inputs)
-        inputs = {**inputs, "ref_logps": logps, "ref_KL_logps": mismatched_logps}
-        # With this set TRL reads the reference from the batch, where it now stands.
-        with _attribute(self, "precompute_ref_logps", True):
-            return super()._compute_loss(model, inputs, return_outputs)
-
-
-def _stack_rows(inputs: dict[str, Any], pad_token_id: int) -> dict[str, Tensor]:
-    """Matched rows `[B, T]` on top of the mismatched ones `[B, T']`, as `[2B, max(T, T')]`."""
-    width = max(inputs["input_ids"].shape[1], inputs["KL_input_ids"].shape[1])
-    stacked = {}
-    for name in _ROW_FIELDS:
-        fill = pad_token_id if name == "input_ids" else 0
-        kinds = (inputs[name], inputs[f"KL_{name}"])
-        stacked[name] = torch.cat([F.pad(k, (0, width - k.shape[1]), value=fill) for k in kinds])
-    return stacked
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name = value` for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 __all__ = ["KTOConfig", "KTOTrainer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import datasets
@@ -126,20 +127,20 @@ def test_paired_data_and_evaluation(
         assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
 
 
-def test_the_reference_takes_one_forward_in_which_prompts_are_shared(
-    model, reference, preference_data, run_trainer
+def test_before_the_first_update_policy_and_reference_agree_to_the_last_bit(
+    model, preference_data, run_trainer
 ) -> None:
     trainer = run_trainer(
         fastpost.KTOTrainer,
         fastpost.KTOConfig,
-        model,
+        model.bfloat16(),
         labelled(preference_data, "+-"),
-        trainer_options={"ref_model": reference},
+        trainer_options={"ref_model": copy.deepcopy(model)},
     )
-    assert trainer.ref_engine.packed_forwards == 3  # one for each step
-    assert trainer.engine.packed_forwards == 2 * 3  # with gradients and without
-    # TRL's own switches are as they were.
-    assert trainer.calculate_KL and not trainer.precompute_ref_logps
+    first = trainer.trace.logs[0]
+    assert (first["loss"], first["kl"]) == (0.5, 0.0)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+    assert trainer.trace.logs[-1]["rewards/margins"] != 0.0
 
 
 def test_a_reference_that_moves_is_noticed(model, reference, preference_data, run_trainer) -> None:

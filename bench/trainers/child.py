@@ -117,7 +117,7 @@ def _trainer(method: Method, options: argparse.Namespace, clock: Clock, folder: 
     )
     if method.needs_reward:
         trainer_class = _with_fixed_rollout(method, trainer_class, dataset, tokenizer)
-    return trainer_class(
+    trainer = trainer_class(
         model=_model(method, options, tokenizer),
         args=config,
         train_dataset=dataset,
@@ -125,6 +125,9 @@ def _trainer(method: Method, options: argparse.Namespace, clock: Clock, folder: 
         callbacks=[clock],
         **({"reward_funcs": reward} if method.needs_reward else {}),
     )
+    if method.trainer == "PPO":
+        trainer.rollout = FixedRollout(dataset, tokenizer, num_completions=GROUP)
+    return trainer
 
 
 def _model(method: Method, options: argparse.Namespace, tokenizer: Any) -> Any:
@@ -140,6 +143,8 @@ def _model(method: Method, options: argparse.Namespace, tokenizer: Any) -> Any:
 def _with_fixed_rollout(
     method: Method, trainer_class: type[Any], dataset: Dataset, tokenizer: Any
 ) -> type[Any]:
+    if method.trainer == "PPO":
+        return trainer_class
     if method.trainer == "OnlineDPO":
         return FixedRollout(dataset, tokenizer, num_completions=2).paired(trainer_class)
     return FixedRollout(dataset, tokenizer, num_completions=GROUP).grouped(trainer_class)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastpost.rollout.interface import Completions
+
 
 class FixedRollout:
     """Completions by prompt.
@@ -46,6 +48,10 @@ class FixedRollout:
         self._served[key] += 1
         known = self.completions[key]
         return known[(self._served[key] - 1) % len(known)]
+
+    def generate(self, prompt_ids: list[list[int]]) -> Completions:
+        """The interface of `fastpost.rollout`, which PPO samples through."""
+        return Completions([self.next_completion(ids) for ids in prompt_ids])
 
     def grouped(self, trainer_class: type[Any]) -> type[Any]:
         """A GRPO or RLOO trainer that samples from here."""

@@ -24,17 +24,14 @@ holds the critic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Trainer
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
-from fastpost.guards.options import refuse_options
-from fastpost.guards.reference import ReferenceUnchanged, refuse_shared_reference
+from fastpost.guards.reference import refuse_shared_reference
 from fastpost.losses import kl_k2, mean_entropy, ppo_loss, value_loss
 from fastpost.losses.sequence import scored, token_mean
 from fastpost.pooling import accelerate_pooled
@@ -43,14 +40,16 @@ from fastpost.ppo.completions import Batch, TokenScores, token_scores
 from fastpost.ppo.critic import Critic
 from fastpost.ppo.prompt_order import PromptOrder
 from fastpost.ppo.reward_scores import RewardFunction, RewardScores
+from fastpost.references import check_reference, frozen_reference, has_adapter
 from fastpost.scoring import accelerate_model
 from fastpost.trainers.engine_config import as_config, refuse_unsupported
 from fastpost.trainers.engine_trainer import EngineTrainer
 from fastpost.trainers.ppo_config import PPOConfig, refuse_ppo_settings
 from fastpost.trainers.ppo_rollout import PPORollouts
+from fastpost.trainers.reference_guard import ReferenceGuard
 
 
-class PPOTrainer(PPORollouts, EngineTrainer, Trainer):
+class PPOTrainer(PPORollouts, ReferenceGuard, EngineTrainer, Trainer):
     """PPO on the packed, prefix-shared, logit-free forward.
 
     Args:
@@ -97,12 +96,15 @@ class PPOTrainer(PPORollouts, EngineTrainer, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = as_config(args, PPOConfig)
+        adapter = has_adapter(model, peft_config)
+        check_reference(args, "PPO", ("base", "frozen", "none"), adapter, ref_model)
         refuse_unsupported(args)
-        refuse_options(args)
         refuse_ppo_settings(args, train_dataset)
         require_rows(train_dataset, "train_dataset")
         require_columns(column_names(train_dataset), [["prompt"]], "PPO")
         refuse_shared_reference(model, ref_model)
+        self._starts_at_reference = ref_model is None
+        ref_model = frozen_reference(args, model, ref_model, adapter)
         init_kwargs = policies.init_arguments(args.model_init_kwargs)
         path = model if isinstance(model, str) else None
         model = policies.prepare_policy(
@@ -110,7 +112,6 @@ class PPOTrainer(PPORollouts, EngineTrainer, Trainer):
         )
         processing_class = policies.prepare_tokenizer(processing_class, model)
         self.ref_model: Any = None
-        self._starts_at_reference = ref_model is None
         if args.kl_coef > 0:
             self.ref_model = policies.prepare_reference(model, ref_model, init_kwargs)
         base = policies.base_model(model)
@@ -142,8 +143,9 @@ class PPOTrainer(PPORollouts, EngineTrainer, Trainer):
                 frozen.to(self.accelerator.device)
         self._prepare_rollouts(base)
         self._get_train_sampler()  # refuses a data set that is too small for one rollout
+        self.reward_func_names = self._rewards.names  # a resumed run must have the same
         self._take_engines(self._engines)
-        self.add_callback(ReferenceUnchanged(self._reference_tensors))
+        self._guard_reference()
 
     def _install_engines(self, base: Any, value_model: Any, args: PPOConfig) -> None:
         """The critic below the policy, and the forwards of policy, reference and value model."""
@@ -168,15 +170,6 @@ class PPOTrainer(PPORollouts, EngineTrainer, Trainer):
             )
             for model, names in models
         ]
-
-    def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights that make up the reference: its own, or the policy's frozen ones."""
-        if self.ref_model is not None:
-            yield from self.ref_model.named_parameters()
-        elif self.args.kl_coef > 0:
-            for name, parameter in self.model.named_parameters():
-                if not parameter.requires_grad:
-                    yield name, parameter
 
     # The loader gives one rollout's prompts for every forward that learns from it.
 

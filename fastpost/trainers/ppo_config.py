@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from fastpost.references import ReferenceConfig
 from fastpost.rollout.rollout_config import RolloutConfig
 from fastpost.trainers.engine_config import EngineConfig
 
@@ -18,7 +19,7 @@ def _field(default: Any, text: str) -> Any:
 
 
 @dataclass
-class PPOConfig(EngineConfig, RolloutConfig, TrainingArguments):
+class PPOConfig(EngineConfig, ReferenceConfig, RolloutConfig, TrainingArguments):
     """`transformers.TrainingArguments` and the fields of PPO, under the names TRL gave them.
 
     One rollout is `per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches`

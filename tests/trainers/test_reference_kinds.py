@@ -38,22 +38,27 @@ def saved(tmp_path, model):
     return type(model).from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
-def test_groups(name, tmp_path, saved, preference_data, tokenizer, caplog) -> None:
-    def start(**options):
+@pytest.mark.parametrize(
+    ("name", "weight"), [("GRPO", "beta"), ("RLOO", "beta"), ("PPO", "kl_coef")]
+)
+def test_what_is_used_is_said(
+    name, weight, tmp_path, saved, preference_data, tokenizer, caplog
+) -> None:
+    def start(beta, **options):
+        options[weight] = beta
         caplog.clear()
         with caplog.at_level(logging.WARNING, "fastpost"):
             build(name, tmp_path, saved, preference_data, tokenizer, **options)
         return [r.message for r in caplog.records if r.message.startswith("reference:")]
 
-    assert start(beta=0.0, reference="none") == ["reference: none, beta is 0"]
+    assert start(beta=0.0, reference="none") == [f"reference: none, {weight} is 0"]
     (frozen,) = start(beta=0.1, reference="frozen")
     assert "frozen copy of" in frozen
-    with pytest.raises(ValueError, match="contradicts beta"):
+    with pytest.raises(ValueError, match=f"contradicts {weight}"):
         start(beta=0.1, reference="none")
     with pytest.raises(ValueError, match="not possible"):
         start(beta=0.1, reference="cached")
-    with pytest.raises(ValueError, match="not possible"):
+    with pytest.raises(ValueError, match=r"not possible|no adapter"):
         start(beta=0.1, reference="base")
     assert start(beta=0.1, reference="base", peft_config=LORA) == [
         "reference: adapter switched off"

@@ -128,6 +128,11 @@ def _hash(tensor: Tensor) -> bytes:
     return hashlib.sha256(about + b":").digest() + hashlib.sha256(content).digest()
 
 
+def cache_root() -> Path:
+    """Where all references are kept, and `fastpost.demo` keeps its model."""
+    return Path(os.environ.get("FASTPOST_CACHE") or Path.home() / ".cache/fastpost")
+
+
 def cache_folder(reference: str, autocast: str, temperature: float = 1.0) -> Path:
     """Where the log-probs of a reference are kept.
 
@@ -137,8 +142,7 @@ def cache_folder(reference: str, autocast: str, temperature: float = 1.0) -> Pat
         temperature: logits are divided by it.
     """
     told = json.dumps([_ARITHMETIC_VERSION, reference, autocast, temperature])
-    root = Path(os.environ.get("FASTPOST_CACHE") or Path.home() / ".cache/fastpost")
-    return root / "reference" / hashlib.sha256(told.encode()).hexdigest()
+    return cache_root() / "reference" / hashlib.sha256(told.encode()).hexdigest()
 
 
 class ReferenceStore:

@@ -268,7 +268,7 @@ def test_a_checkpoint_holds_the_stock_files_and_ours(only_model: bool, tmp_path:
     mine, theirs = (
         {p.name for p in (tmp_path / name / "checkpoint-1").iterdir()} for name in ("ours", "stock")
     )
-    added = {"fastpost_run.json"}
+    added = {"fastpost_run.json", "fastpost_template.json"}
     if not only_model:
         added |= {"fastpost_state_0.json", "fastpost_state_0.safetensors"}
     assert mine == theirs | added

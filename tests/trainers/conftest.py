@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch) -> None:
     """Reference log-probs of one test are no other test's."""
-    monkeypatch.setenv("FASTPOST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fastpost.reference_cache.cache_root", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

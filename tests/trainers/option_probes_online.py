@@ -56,8 +56,13 @@ VLLM: dict[str, Probe] = {
     },
 }
 
+REFERENCE: dict[str, Probe] = {
+    "reference": ShownBy("tests/trainers/test_reference_kinds.py::test_what_is_used_is_said"),
+}
+
 GROUPS: dict[str, Probe] = {
     **ENGINE,
+    **REFERENCE,
     **LOADING,
     **EXPERTS,
     **SAMPLING,
@@ -155,6 +160,10 @@ RLOO: dict[str, Probe] = {
 
 ONLINE_DPO: dict[str, Probe] = {
     **ENGINE,
+    "reference": ShownBy(
+        "tests/trainers/test_reference_kinds.py::"
+        "test_online_dpo_takes_a_second_model_beside_an_adapter"
+    ),
     **LOADING,
     **SAMPLING,
     **ROLLOUT,
@@ -174,6 +183,7 @@ PPO_REUSE = {"num_mini_batches": 2, "max_steps": 3, "learning_rate": 0.01}
 
 PPO: dict[str, Probe] = {
     **ENGINE,
+    **REFERENCE,
     "model_init_kwargs": LOADING["model_init_kwargs"],
     **ROLLOUT,
     "max_completion_length": Changes("forwards", 3),

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from bench.environment import RESULTS, ROOT
+from bench.trainers.methods import METHODS
 
 NAMES = {"online_dpo": "Online DPO update", "grpo": "GRPO update", "rloo": "RLOO update"}
 NAMES |= {"ppo": "PPO update", "simpo": "SimPO", "reward": "Reward model"}
@@ -34,12 +35,13 @@ def table() -> str:
     ]
     lines += [_row(result) for result in results]
     machine, versions = results[0]["machine"], results[0]["versions"]
-    commands = ", ".join(f"`{result['command']}`" for result in results)
     lines += [
         "",
-        f"Ratios of medians, each from one run of {commands}; {machine['cores']} cores of an "
-        f"{machine['processor']}; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, trl {versions['trl']}. Both sides: the same weights, data, "
+        "Ratios of medians, each from one run of `python -m bench.trainers METHOD` (the exact "
+        "command is in `bench/results/`). PPO, which TRL has not, is compared with our trainer on "
+        "a padded forward that builds logits. "
+        f"{machine['cores']} cores of an {machine['processor']}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, trl {versions['trl']}. Both sides: the same weights, data, "
         f"batch and TRL defaults. Other machines give other ratios: run the command.",
     ]
     return "\n".join(lines)
@@ -48,10 +50,11 @@ def table() -> str:
 def _row(result: dict[str, Any]) -> str:
     tokens = result["tokens_per_step"]
     name = NAMES.get(result["method"], result["method"].upper())
-    over = "" if result["peer"] == "trl" else " (over a padded forward)"
+    method = METHODS[result["method"]]
+    over = "" if method.peer == "trl" else " (over a padded forward)"
     peak = result["engines"]["ours"]["peak_rss_mib"] / 1024
     return (
-        f"| {name}, {result['batch']} {result['unit']}, {result['answers']} answers "
+        f"| {name}, {result['batch']} {method.unit}, {result['answers']} answers "
         f"| {tokens['padded_tokens']:,} → {tokens['unique_tokens']:,} → "
         f"{tokens['scored_tokens']:,} | {result['speed_up']:.1f}×{over} "
         f"| {peak:.1f} GiB | {result['memory_ratio']:.2f}× |"

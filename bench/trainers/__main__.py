@@ -92,8 +92,6 @@ def _summarise(
     return {
         "method": options.method,
         "batch": options.batch,
-        "unit": METHODS[options.method].unit,
-        "peer": options.peer,
         "answers": options.answers,
         "dtype": options.dtype,
         "checkpointing": not options.no_checkpointing,

@@ -30,9 +30,10 @@ test: lint
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+METHODS := dpo sft kto orpo simpo reward grpo rloo online_dpo ppo
+
 bench: setup
-	$(BIN)/python -m bench.trainers dpo
-	$(BIN)/python -m bench.trainers sft
+	for method in $(METHODS); do $(BIN)/python -m bench.trainers $$method || exit 1; done
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

@@ -41,8 +41,9 @@ def table() -> str:
         "command is in `bench/results/`). PPO, which TRL has not, is compared with our trainer on "
         "a padded forward that builds logits. "
         f"{machine['cores']} cores of an {machine['processor']}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, trl {versions['trl']}. Both sides: the same weights, data, "
-        f"batch and TRL defaults. Other machines give other ratios: run the command.",
+        f"transformers {versions['transformers']}, trl {versions['trl']}. "
+        "Both sides: the same weights, data, batch and TRL defaults. Other machines "
+        "give other ratios: run the command.",
     ]
     return "\n".join(lines)
 

@@ -18,7 +18,8 @@ from tests.trainers.fixed_samples import FixedSamples, uneven_reward
 
 # Plain SGD where gradients begin as rounding noise (LoRA's B is zero), which Adam would scale up.
 SGD = {"optim": "sgd", "learning_rate": 0.1}
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+_ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA, DORA = LoraConfig(**_ADAPTER), LoraConfig(**_ADAPTER, use_dora=True)
 GROUP = 4
 SETTINGS = {
     "num_generations": GROUP,

@@ -15,6 +15,7 @@ import fastpost
 from fastpost.scoring import FastpostWarning
 from tests.trainers.fixed_samples import FixedSamples, uneven_reward
 from tests.trainers.group_runs import (
+    DORA,
     GROUP,
     LORA,
     SETTINGS,
@@ -47,6 +48,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stale-steps": ({"steps_per_generation": 2}, {}),
     "accumulation-kl": (SPLIT | {"beta": 0.1}, {}),
     "lora-kl": (SGD | {"beta": 0.1}, {"peft_config": LORA}),
+    "dora-kl": (SGD | {"beta": 0.1}, {"peft_config": DORA}),
     "checkpointing": ({"gradient_checkpointing": True, "beta": 0.1}, {}),
     "truncated-masked": ({"mask_truncated_completions": True}, {}),
     "entropy-quantile": ({"top_entropy_quantile": 0.4}, {}),

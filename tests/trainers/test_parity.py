@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
 import trl
@@ -79,8 +82,58 @@ DPO_CASES = {
     "ipo": ({"loss_type": "ipo"}, {}),
     "weighted": ({"use_weighting": True}, {}),
     "length-desensitised": ({"ld_alpha": 0.5}, {}),
+    **{
+        name: ({"loss_type": name}, {})
+        for name in (
+            "hinge",
+            "nca_pair",
+            "bco_pair",
+            "aot",
+            "aot_unpaired",
+            "apo_zero",
+            "apo_down",
+            "discopop",
+            "sft",
+            "sigmoid_norm",
+        )
+    },
+    # At beta 0.1 its loss is about 50, where 1e-5 is beyond fp32.
+    "sppo_hard": ({"loss_type": "sppo_hard", "beta": 1.0}, {}),
+    "exo_pair": ({"loss_type": "exo_pair", "label_smoothing": 0.1}, {}),
+    **{
+        name: ({"f_divergence_type": name}, {})
+        for name in ("forward_kl", "js_divergence", "alpha_divergence")
+    },
     "sigmoid+sft": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, {}),
 }
+
+
+@pytest.mark.parametrize("adapter", [LORA, DORA], ids=["lora", "dora"])
+def test_sft_with_an_adapter(
+    adapter, model, prompt_completion_data, run_trainer, assert_same_run
+) -> None:
+    options = {"peft_config": adapter}
+    runs = [
+        run_trainer(
+            library.SFTTrainer, library.SFTConfig, model, prompt_completion_data, options, **SGD
+        )
+        for library in (fastpost, trl)
+    ]
+    assert_same_run(runs[0].trace, runs[1].trace)
+    assert runs[0].engine.packed_forwards and not runs[0].engine.fallbacks
+
+
+def test_every_dpo_loss_of_trl_is_compared() -> None:
+    listed = next(f for f in dataclasses.fields(trl.DPOConfig) if f.name == "loss_type").metadata[
+        "help"
+    ]
+    compared = {
+        name
+        for config, _ in DPO_CASES.values()
+        for name in [config.get("loss_type", "sigmoid")]
+        if isinstance(name, str)
+    }
+    assert compared == set(re.findall(r"`'(\w+)'`", listed))
 
 
 @pytest.mark.parametrize(("config", "options"), DPO_CASES.values(), ids=DPO_CASES.keys())

@@ -2,23 +2,22 @@
 
     python examples/ppo_reward_model.py
 
-A reward model learns to tell right sums from wrong ones (`reward_model.py` beside this file); then
-SmolLM2-135M, with a LoRA adapter and a value head on its hidden states, learns to please it. Pass
-`--reward-model DIR` to use one that is there. The task's own score is measured too and never
-trained on: it says whether the reward model is pleased for the right reason. Both are means over
-sampled answers to held-out problems, which neither model was trained on.
+A reward model learns to tell sorted lists from wrongly sorted ones (`reward_model.py` beside this
+file); then SmolLM2-135M, with a LoRA adapter and a value head on its hidden states, learns to
+please it. Pass `--reward-model DIR` to use one that is there. The task's own score is measured too
+and never trained on: it says whether the reward model is pleased for the right reason. Both are
+means over sampled answers to held-out problems, which neither model was trained on.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import re
 import tempfile
 import time
 from typing import Any
 
-import reward_model as sums
+import reward_model as sorting
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -29,26 +28,26 @@ from fastpost.demo.smollm2 import smollm2_path
 
 # Shown to the policy as an earlier turn, so that its first samples look like answers at all.
 EXAMPLE = [
-    {
-        "role": "user",
-        "content": "State the final answer to the following arithmetic problem: 31 - 8 =",
-    },
-    {"role": "assistant", "content": "23"},
+    {"role": "user", "content": "Sort in ascending order: 31, 8, 77"},
+    {"role": "assistant", "content": "8, 31, 77"},
 ]
 
 
 def prompts(count: int, seed: int, *, held_out: bool) -> Dataset:
     rows = []
-    for entry in sums.problems(count, seed, held_out=held_out):
-        system, question = sums.pair(entry, random.Random(0))["prompt"]
-        rows.append({"prompt": [system, *EXAMPLE, question], "answer": entry["answer"]})
+    for entry in sorting.problems(count, seed, held_out=held_out):
+        if len(set(sorting.numbers(entry, "sorted"))) == 1:
+            continue  # has no wrong order
+        system, question = sorting.pair(entry, random.Random(0))["prompt"]
+        answer = sorting.shown(sorting.numbers(entry, "sorted"))
+        rows.append({"prompt": [system, *EXAMPLE, question], "answer": answer})
     return Dataset.from_list(rows)
 
 
 def is_right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """The task's own score: 1 where the last number of the reply is the answer."""
-    numbers = [re.findall(r"-?\d+", completion[0]["content"]) for completion in completions]
-    return [float(found[-1:] == [right]) for found, right in zip(numbers, answer, strict=True)]
+    """The task's own score: 1 where the reply is the sorted list."""
+    replies = [completion[0]["content"].strip() for completion in completions]
+    return [float(reply == right) for reply, right in zip(replies, answer, strict=True)]
 
 
 def train(
@@ -69,7 +68,7 @@ def train(
             num_mini_batches=2,
             num_ppo_epochs=2,
             max_steps=4 * rollouts,
-            max_completion_length=12,
+            max_completion_length=28,
             learning_rate=2e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=4,
@@ -83,7 +82,7 @@ def train(
             report_to=[],
             seed=seed,
         ),
-        train_dataset=prompts(8 * rollouts, seed + 3, held_out=False),
+        train_dataset=prompts(8 * rollouts + 8, seed + 3, held_out=False),
         eval_dataset=prompts(num_held_out, seed + 4, held_out=True),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(
@@ -110,7 +109,7 @@ def main() -> None:
         reward_model = options.reward_model
         if reward_model is None:
             reward_model = f"{scratch}/reward-model"
-            sums.train(reward_model, num_pairs=640, num_held_out=100, seed=options.seed)
+            sorting.train(reward_model, num_problems=320, num_held_out=100, seed=options.seed)
         before, after = train(
             reward_model,
             options.output or f"{scratch}/policy",

@@ -56,7 +56,7 @@ def test_the_score_of_a_reward_model_rises(monkeypatch, tmp_path) -> None:
     import ppo_reward_model
     import reward_model
 
-    reward_model.train(str(tmp_path / "scorer"), num_pairs=320, num_held_out=50)
+    reward_model.train(str(tmp_path / "scorer"), num_problems=240, num_held_out=50)
     before, after = ppo_reward_model.train(
         str(tmp_path / "scorer"), str(tmp_path / "policy"), rollouts=6, num_held_out=64
     )

@@ -21,6 +21,7 @@ def test_the_example_tells_sorted_lists_from_wrong_ones(tmp_path) -> None:
     spec.loader.exec_module(example)
 
     before, after = example.train(str(tmp_path))
+    print(f"held-out pairs ranked right: {before:.1%} before, {after:.1%} after")
     assert before < 0.7
     assert after >= 0.8
 

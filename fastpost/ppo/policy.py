@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import is_peft_available
+
+from fastpost.references import has_adapter
 
 
 def init_arguments(given: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -84,15 +85,6 @@ def prepare_tokenizer(tokenizer: Any, model: Any) -> Any:
     return tokenizer
 
 
-def has_adapter(model: Any) -> bool:
-    """Whether the model is wrapped by PEFT."""
-    if not is_peft_available():
-        return False
-    from peft import PeftModel  # optional, and heavy
-
-    return isinstance(model, PeftModel)
-
-
 def base_model(model: Any) -> Any:
     """The transformers model below PEFT's wrapper, or the model itself."""
     return model.get_base_model() if has_adapter(model) else model
@@ -109,7 +101,6 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 __all__ = [
     "base_model",
-    "has_adapter",
     "init_arguments",
     "prepare_policy",
     "prepare_reference",

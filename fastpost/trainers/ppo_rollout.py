@@ -195,7 +195,8 @@ class PPORollouts:
         sampling = torch.full_like(old.logps, torch.nan)
         for row, logps in zip(sampling, samples.sampling_logps, strict=True):
             row[: len(logps)] = torch.tensor(logps, device=row.device)
-        for name, value in self._mismatch.measure(sampling, old.logps, mask).metrics().items():
+        found = self._mismatch.metrics(sampling, old.logps, mask, self.accelerator.gather)
+        for name, value in found.items():
             self._metrics["train"][name].append(value)
 
     def _check_first_ratio(self, log_ratio: Tensor, mask: Tensor) -> None:

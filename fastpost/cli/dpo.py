@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from fastpost.cli.train import Command, RunFields, prepare, train_and_save
+from fastpost.cli.train import Command, Job, RunFields, run
 
 
 @dataclass(kw_only=True)
@@ -33,21 +34,13 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
     from fastpost import DPOConfig, DPOTrainer  # heavy: torch and TRL
 
-    job = prepare(COMMAND, argv, DPOConfig, COLUMNS)
-    if job is None:
-        return 0
-    ref_model = None
-    if job.fields.ref_model is not None:
-        from transformers import AutoModelForCausalLM
+    return run(COMMAND, argv, COLUMNS, DPOConfig, DPOTrainer, _reference)
 
-        kwargs = {"trust_remote_code": job.config.trust_remote_code} | job.config.model_init_kwargs
-        ref_model = AutoModelForCausalLM.from_pretrained(job.fields.ref_model, **kwargs)
-    trainer = DPOTrainer(
-        model=job.fields.model,
-        ref_model=ref_model,
-        args=job.config,
-        train_dataset=job.train_data,
-        eval_dataset=job.eval_data,
-        peft_config=job.fields.lora_config(),
-    )
-    return train_and_save(trainer, "dpo")
+
+def _reference(job: Job) -> dict[str, Any]:
+    if job.fields.ref_model is None:
+        return {}
+    from transformers import AutoModelForCausalLM  # heavy
+
+    kwargs = {"trust_remote_code": job.config.trust_remote_code} | job.config.model_init_kwargs
+    return {"ref_model": AutoModelForCausalLM.from_pretrained(job.fields.ref_model, **kwargs)}

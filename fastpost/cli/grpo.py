@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastpost.cli.rewards import RewardedRunFields, reward_functions
-from fastpost.cli.train import Command, prepare, train_and_save
+from fastpost.cli.rewards import RewardedRunFields, rewards_of
+from fastpost.cli.train import Command, run
 
 COMMAND = Command(
     name="grpo",
@@ -31,15 +31,4 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
     from fastpost import GRPOConfig, GRPOTrainer  # heavy: torch and TRL
 
-    job = prepare(COMMAND, argv, GRPOConfig, COLUMNS)
-    if job is None:
-        return 0
-    trainer = GRPOTrainer(
-        model=job.fields.model,
-        reward_funcs=reward_functions(job.fields.reward),
-        args=job.config,
-        train_dataset=job.train_data,
-        eval_dataset=job.eval_data,
-        peft_config=job.fields.lora_config(),
-    )
-    return train_and_save(trainer, "grpo")
+    return run(COMMAND, argv, COLUMNS, GRPOConfig, GRPOTrainer, rewards_of)

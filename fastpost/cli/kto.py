@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpost.cli.train import Command, prepare, train_and_save
+from fastpost.cli.train import Command, run
 
 COMMAND = Command(
     name="kto",
@@ -25,14 +25,4 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
     from fastpost import KTOConfig, KTOTrainer  # heavy: torch and TRL
 
-    job = prepare(COMMAND, argv, KTOConfig, COLUMNS)
-    if job is None:
-        return 0
-    trainer = KTOTrainer(
-        model=job.fields.model,
-        args=job.config,
-        train_dataset=job.train_data,
-        eval_dataset=job.eval_data,
-        peft_config=job.fields.lora_config(),
-    )
-    return train_and_save(trainer, "kto")
+    return run(COMMAND, argv, COLUMNS, KTOConfig, KTOTrainer)

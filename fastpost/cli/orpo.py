@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpost.cli.train import Command, prepare, train_and_save
+from fastpost.cli.train import Command, run
 
 COMMAND = Command(
     name="orpo",
@@ -19,14 +19,4 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
     from fastpost import ORPOConfig, ORPOTrainer  # heavy: torch and TRL
 
-    job = prepare(COMMAND, argv, ORPOConfig, COLUMNS)
-    if job is None:
-        return 0
-    trainer = ORPOTrainer(
-        model=job.fields.model,
-        args=job.config,
-        train_dataset=job.train_data,
-        eval_dataset=job.eval_data,
-        peft_config=job.fields.lora_config(),
-    )
-    return train_and_save(trainer, "orpo")
+    return run(COMMAND, argv, COLUMNS, ORPOConfig, ORPOTrainer)

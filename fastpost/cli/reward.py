@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpost.cli.train import Command, prepare, train_and_save
+from fastpost.cli.train import Command, run
 
 COMMAND = Command(
     name="reward",
@@ -19,14 +19,4 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
     from fastpost import RewardConfig, RewardTrainer  # heavy: torch and TRL
 
-    job = prepare(COMMAND, argv, RewardConfig, COLUMNS)
-    if job is None:
-        return 0
-    trainer = RewardTrainer(
-        model=job.fields.model,
-        args=job.config,
-        train_dataset=job.train_data,
-        eval_dataset=job.eval_data,
-        peft_config=job.fields.lora_config("SEQ_CLS"),
-    )
-    return train_and_save(trainer, "reward")
+    return run(COMMAND, argv, COLUMNS, RewardConfig, RewardTrainer, task_type="SEQ_CLS")

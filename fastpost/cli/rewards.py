@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.cli.recipe import UsageError
-from fastpost.cli.train import RunFields
+from fastpost.cli.train import Job, RunFields
 
 NAMES = {
     "maths": "answers equal to the column solution (math-verify)",
@@ -39,6 +39,11 @@ def reward_functions(given: str | list[str]) -> list[Any]:
         UsageError: the file or the function is not there.
     """
     return [_reward(name) for name in ([given] if isinstance(given, str) else given)]
+
+
+def rewards_of(job: Job) -> dict[str, Any]:
+    """The trainer's argument `reward_funcs`, from a checked run."""
+    return {"reward_funcs": reward_functions(job.fields.reward)}
 
 
 def _reward(name: str) -> Any:
@@ -76,4 +81,4 @@ def _function(file: Path, function: str) -> Any:
     return found
 
 
-__all__ = ["NAMES", "RewardedRunFields", "reward_functions"]
+__all__ = ["NAMES", "RewardedRunFields", "reward_functions", "rewards_of"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastpost.cli.rewards import RewardedRunFields, reward_functions
-from fastpost.cli.train import Command, prepare, train_and_save
+from fastpost.cli.rewards import RewardedRunFields, rewards_of
+from fastpost.cli.train import Command, run
 
 COMMAND = Command(
     name="rloo",
@@ -28,15 +28,4 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
     from fastpost import RLOOConfig, RLOOTrainer  # heavy: torch and TRL
 
-    job = prepare(COMMAND, argv, RLOOConfig, COLUMNS)
-    if job is None:
-        return 0
-    trainer = RLOOTrainer(
-        model=job.fields.model,
-        reward_funcs=reward_functions(job.fields.reward),
-        args=job.config,
-        train_dataset=job.train_data,
-        eval_dataset=job.eval_data,
-        peft_config=job.fields.lora_config(),
-    )
-    return train_and_save(trainer, "rloo")
+    return run(COMMAND, argv, COLUMNS, RLOOConfig, RLOOTrainer, rewards_of)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpost.cli.train import Command, prepare, train_and_save
+from fastpost.cli.train import Command, run
 
 COMMAND = Command(
     name="sft",
@@ -24,14 +24,4 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
     from fastpost import SFTConfig, SFTTrainer  # heavy: torch and TRL
 
-    job = prepare(COMMAND, argv, SFTConfig, COLUMNS)
-    if job is None:
-        return 0
-    trainer = SFTTrainer(
-        model=job.fields.model,
-        args=job.config,
-        train_dataset=job.train_data,
-        eval_dataset=job.eval_data,
-        peft_config=job.fields.lora_config(),
-    )
-    return train_and_save(trainer, "sft")
+    return run(COMMAND, argv, COLUMNS, SFTConfig, SFTTrainer)

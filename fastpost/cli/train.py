@@ -1,7 +1,7 @@
 """What the training commands share: the fields of a run, its checks, and its end.
 
 `prepare` does everything that can fail cheaply (recipe, fields, data) before a model is loaded;
-`train_and_save` takes the built trainer to the end. Only the trainer itself differs per command.
+`run` builds the trainer from that, trains and saves. Only the trainer differs per command.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +159,40 @@ def prepare(
             print(_dry_run_text(command, recipe, config, train_data, eval_data))
         return None
     return Job(fields, config, train_data, eval_data)
+
+
+def run(
+    command: Command,
+    argv: list[str],
+    columns: Sequence[tuple[str, ...]],
+    config_class: type[TrainingArguments],
+    trainer_class: Any,
+    more: Callable[[Job], dict[str, Any]] = lambda job: {},
+    task_type: str = "CAUSAL_LM",
+) -> int:
+    """Prepares, trains and saves; returns the exit code.
+
+    Args:
+        command, argv, columns, config_class: see `prepare`.
+        trainer_class: built from the checked run.
+        more: further arguments of the trainer.
+        task_type: PEFT's name for what an adapter is trained for.
+
+    Raises:
+        UsageError: see `prepare`.
+    """
+    job = prepare(command, argv, config_class, columns)
+    if job is None:
+        return 0
+    trainer = trainer_class(
+        model=job.fields.model,
+        args=job.config,
+        train_dataset=job.train_data,
+        eval_dataset=job.eval_data,
+        peft_config=job.fields.lora_config(task_type),
+        **more(job),
+    )
+    return train_and_save(trainer, command.name)
 
 
 def train_and_save(trainer: Trainer, label: str) -> int:

@@ -1,10 +1,10 @@
-"""Fused forwards for the layers of a transformer on CPUs: RMSNorm and the gated MLP.
+"""Fused forwards for the layers of a transformer on CPUs: RMSNorm, the gated MLP, linear layers.
 
-`attach(model)` gives modules of the classes below an instance `forward` that runs
-`fastpost_kernels.rms_norm` and `swiglu`; `detach(model)` takes it away again. Where those cannot
-serve (tensors elsewhere, mixed dtypes, another activation) the replaced forward computes what the
-class's own does. Submodules are called as modules, so adapters and hooks on them keep working. A
-deep copy of an attached model is attached itself, to its own weights.
+`attach(model)` gives modules of the classes below, and plain `nn.Linear`, an instance `forward`
+that runs `fastpost_kernels.rms_norm`, `swiglu` or `linear`; `detach(model)` takes it away again.
+Where those cannot serve (tensors elsewhere, mixed dtypes, another activation) the replaced forward
+computes what the class's own does. Submodules are called as modules, so adapters and hooks on them
+keep working. A deep copy of an attached model is attached itself, to its own weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpost_kernels import rms_norm, swiglu
+from fastpost_kernels import linear, rms_norm, swiglu
 
 __all__ = ["GATED_MLPS", "RMS_NORMS", "attach", "detach"]
 
@@ -90,7 +90,7 @@ def detach(model: nn.Module) -> None:
     """Takes the fused forwards away; forwards that others put in their place since stay."""
     for module in model.modules():
         forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        if forward is _rms_norm_forward or forward is _gated_mlp_forward:
+        if forward in (_rms_norm_forward, _gated_mlp_forward, _linear_forward):
             del module.__dict__["forward"]
 
 
@@ -101,6 +101,8 @@ def _fused_forward(module: nn.Module) -> Any:
         return _rms_norm_forward
     if name in GATED_MLPS and _class_name(module.act_fn) in _SILUS:
         return _gated_mlp_forward
+    if type(module) is nn.Linear:
+        return _linear_forward
     return None
 
 
@@ -135,6 +137,12 @@ def _gated_mlp_forward(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(self.act_fn(gate) * up)
 
 
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    if type(self.weight) not in (Tensor, nn.Parameter) or type(input) is not Tensor:
+        return type(self).forward(self, input)
+    return linear(input, self.weight, self.bias)
+
+
 def _is_plain_silu(activation: nn.Module) -> bool:
     """Whether calling it does no more than SiLU: hooks must see their call."""
     hooks = (
@@ -148,4 +156,4 @@ def _is_plain_silu(activation: nn.Module) -> bool:
 
 
 # Pickle stores a bound method as its name, to be looked up in the class on loading.
-_rms_norm_forward.__name__ = _gated_mlp_forward.__name__ = "forward"
+_rms_norm_forward.__name__ = _gated_mlp_forward.__name__ = _linear_forward.__name__ = "forward"

@@ -41,6 +41,7 @@ def test_fastpost_kernels() -> None:
         "LinearCrossEntropy",
         "LinearLogprob",
         "layers",
+        "linear",
         "linear_cross_entropy",
         "linear_logprob",
         "prefix_attention",

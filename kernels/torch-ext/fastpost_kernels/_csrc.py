@@ -46,6 +46,7 @@ _SIGNATURES = {
         [_INT, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG]
         + [_POINTER, _POINTER, _INT, _INT]
     ),
+    "fastpost_transpose_16": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT],
     "fastpost_advise_huge_pages": [_POINTER, _LONG],
     "fastpost_accumulate": [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT, _INT],
 }

@@ -11,6 +11,8 @@
 //             key one range, [key, subtree_end); all heads of the group are summed in registers and
 //             fp32 blocks, so results do not depend on the number of threads.
 //
+// bf16 on a CPU with matrix tiles goes to prefix_attention_amx.cpp instead.
+//
 // Everything is fp32 inside. Scores live as one [36, 64] block. Workspace: packed keys and values,
 // Hk N (2 D + Dv) floats, and for dK, dV packed queries of one group, G N 2 (D + Dv) floats.
 #include <algorithm>
@@ -18,7 +20,8 @@
 #include <limits>
 #include <vector>
 
-#include "simd.h"
+#include "prefix_attention.h"
+#include "prefix_attention_registers.h"
 
 namespace fastpost {
 namespace {
@@ -26,100 +29,12 @@ namespace {
 constexpr int64_t kRows = 36, kCols = 64;
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
-typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
-constexpr int64_t kLanes = 16;
-
-// c[ROWS, 16 GROUPS] (+)= a[ROWS, depth] b[depth, 16 GROUPS], held in registers over the depth.
-template <int ROWS, int GROUPS>
-FASTPOST_INLINE void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb,
-                                    float* c, int64_t ldc, int64_t depth, bool accumulate) {
-  Vector sum[ROWS][GROUPS];
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < GROUPS; ++j) {
-      sum[i][j] = accumulate ? *reinterpret_cast<const Vector*>(c + i * ldc + j * kLanes) : Vector{};
-    }
-  }
-  for (int64_t d = 0; d < depth; ++d) {
-    Vector right[GROUPS];
-#pragma GCC unroll 4
-    for (int j = 0; j < GROUPS; ++j) {
-      right[j] = *reinterpret_cast<const Vector*>(b + d * ldb + j * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-      const float left = a[i * lda + d];
-#pragma GCC unroll 4
-      for (int j = 0; j < GROUPS; ++j) sum[i][j] += left * right[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < GROUPS; ++j) {
-      *reinterpret_cast<Vector*>(c + i * ldc + j * kLanes) = sum[i][j];
-    }
-  }
-}
-
-template <int ROWS, int GROUPS>
-FASTPOST_INLINE void multiply_rows(const float* a, int64_t lda, const float* b, int64_t ldb,
-                                   float* c, int64_t ldc, int64_t cols, int64_t depth,
-                                   bool accumulate) {
-  int64_t j = 0;
-  for (; j + GROUPS * kLanes <= cols; j += GROUPS * kLanes) {
-    multiply_block<ROWS, GROUPS>(a, lda, b + j, ldb, c + j, ldc, depth, accumulate);
-  }
-  for (; j < cols; j += kLanes) {
-    multiply_block<ROWS, 1>(a, lda, b + j, ldb, c + j, ldc, depth, accumulate);
-  }
-}
-
-// c[rows, cols] (+)= a[rows, depth] b[depth, cols]; cols is a multiple of 16.
-template <class ISA>
-FASTPOST_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                              int64_t ldc, int64_t rows, int64_t cols, int64_t depth,
-                              bool accumulate) {
-  constexpr int R = ISA::rows, G = ISA::groups;
-  int64_t i = 0;
-  for (; i + R <= rows; i += R) {
-    multiply_rows<R, G>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, cols, depth, accumulate);
-  }
-  for (; i + R / 3 <= rows; i += R / 3) {
-    multiply_rows<R / 3, G>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, cols, depth, accumulate);
-  }
-  for (; i < rows; ++i) {
-    multiply_rows<1, G>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, cols, depth, accumulate);
-  }
-}
-
 // How many rows and vectors of 16 the registers of an instruction set hold.
 struct Wide {
   static constexpr int rows = 6, groups = 4;
 };
 struct Narrow {
   static constexpr int rows = 3, groups = 1;
-};
-
-// One tensor [heads, tokens, size] as it lies in memory; the last dimension is contiguous.
-struct View {
-  void* data;
-  int64_t head_stride, token_stride, size;
-
-  template <class T>
-  FASTPOST_INLINE T* row(int64_t head, int64_t token) const {
-    return static_cast<T*>(data) + head * head_stride + token * token_stride;
-  }
-};
-
-struct Problem {
-  View query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  float* lse;  // [Hq, N]
-  int64_t query_heads, key_heads, tokens;
-  const int64_t* segments;  // [S, 3]
-  int64_t num_segments;
-  float scale;
 };
 
 // A block of at most 36 tokens of one segment.
@@ -138,16 +53,6 @@ std::vector<Block> blocks_of(const Problem& p) {
     }
   }
   return blocks;
-}
-
-std::vector<int64_t> parents_of(const Problem& p) {
-  std::vector<int64_t> parents(p.num_segments), open;
-  for (int64_t s = 0; s < p.num_segments; ++s) {
-    while (!open.empty() && p.segments[3 * open.back() + 2] <= p.segments[3 * s]) open.pop_back();
-    parents[s] = open.empty() ? -1 : open.back();
-    open.push_back(s);
-  }
-  return parents;
 }
 
 // Tokens [first, last) of a head in fp32: rows[token, ld_rows], zero beyond `size`.
@@ -540,7 +445,10 @@ FASTPOST_EXPORT void fastpost_prefix_attention(int is_backward, int is_bf16, voi
   p.num_segments = shape[3];
   p.segments = segments;
   p.scale = scale;
-  if (is_backward) {
+  const bool may_use_amx = simd_limit < 0 || simd_limit >= int(Simd::amx);
+  if (is_bf16 && may_use_amx && has_amx()) {
+    is_backward ? backward_amx(p, threads) : forward_amx(p, threads);
+  } else if (is_backward) {
     is_bf16 ? run_backward<bf16>(p, simd_limit, threads) : run_backward<float>(p, simd_limit, threads);
   } else {
     is_bf16 ? run_forward<bf16>(p, simd_limit, threads) : run_forward<float>(p, simd_limit, threads);

@@ -20,7 +20,8 @@
 
 namespace fastpost {
 
-enum class Simd { portable = 0, avx2 = 1, avx512 = 2 };
+// `best_simd` ends at avx512: `amx` only lifts a limit; the kernel that has tiles asks for them.
+enum class Simd { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 inline Simd best_simd() {
 #if FASTPOST_X86

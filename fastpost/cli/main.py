@@ -23,6 +23,7 @@ COMMANDS = {
     "grpo": "reinforcement learning on groups of answers, with rewards by name or function",
     "rloo": "reinforcement learning with a leave-one-out baseline",
     "ppo": "proximal policy optimisation with a value head and a KL penalty",
+    "doctor": "what this machine offers; with --gpu, whether the kernels are right on it",
     "demo": "train a small model on this machine and see what it learnt",
 }
 

@@ -10,7 +10,7 @@ from fastpost_kernels import _prefix_native as native
 from fastpost_kernels import prefix_attention, reference
 from fastpost_kernels._prefix_segments import schedule_of
 
-# Blocks are 36 rows by 64 keys: segments below, at and above both, two levels deep.
+# Blocks are 36 rows by 64 keys, on tiles 32 by 32: segments below, at and above, two levels deep.
 SEGMENTS = torch.tensor(
     [
         (0, 70, 347),
@@ -26,11 +26,23 @@ SEGMENTS = torch.tensor(
 TOKENS = 400
 
 
-def inputs(dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int]) -> list[Tensor]:
+def chains() -> Tensor:
+    """Three trees of segments of 1 to 130 tokens, around every size of block, up to eight deep."""
+    lengths = [1, 2, 15, 16, 17, 31, 32, 33] + [47, 48, 49, 63, 64, 65, 95, 96] + [97, 130, 1, 5]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    tops = [ends[7]] * 8 + [ends[15]] + [ends[11]] * 3 + [ends[15]] * 4 + [ends[19]] * 4
+    tops[17] = ends[17]
+    starts = [0, *ends[:-1]]
+    return torch.tensor(list(zip(starts, ends, tops, strict=True)))
+
+
+def inputs(
+    dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int], tokens: int = TOKENS
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int, size: int) -> Tensor:
-        x = torch.randn(TOKENS, count, size, generator=generator)
+        x = torch.randn(tokens, count, size, generator=generator)
         return x.to(dtype).transpose(0, 1)
 
     query_heads, key_heads = heads
@@ -42,13 +54,13 @@ def inputs(dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int]) -
     ]
 
 
-def run(function, tensors: list[Tensor], **options) -> list[Tensor]:
+def run(function, tensors: list[Tensor], segments: Tensor = SEGMENTS, **options) -> list[Tensor]:
     query, key, value = (x.detach().clone().requires_grad_() for x in tensors[:3])
-    out = function(query, key, value, SEGMENTS, **options)
+    out = function(query, key, value, segments, **options)
     return [out, *torch.autograd.grad(out, (query, key, value), tensors[3].to(out.dtype))]
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2], ids=["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("limit", [0, 1, 2, 3], ids=["portable", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("heads", "sizes"), [((6, 2), (64, 64)), ((3, 3), (96, 40)), ((2, 1), (7, 7))], ids=str
@@ -65,6 +77,24 @@ def test_every_instruction_set(limit, dtype, heads, sizes, monkeypatch) -> None:
         assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.parametrize(
+    ("heads", "sizes"), [((9, 3), (64, 64)), ((4, 1), (40, 96)), ((2, 2), (33, 7))], ids=str
+)
+def test_bf16_of_ragged_and_deep_forests(heads, sizes) -> None:
+    """Blocks of the tile kernel are 32 tokens and 32 columns: below, at and above both."""
+    segments = chains()
+    tensors = inputs(torch.bfloat16, heads, sizes, int(segments[-1, 1]))
+    tensors[0] *= 4  # scores of some tens: rows whose weight sits on one key
+    schedule = schedule_of(segments, tensors[0].shape[1])
+    assert native.can_run_native(tensors[0], schedule, None, None)
+    truth = run(reference.prefix_attention, [x.double() for x in tensors], segments)
+    actual = run(prefix_attention, tensors, segments, backend="cpu")
+    for found, expected in zip(actual, truth, strict=True):
+        assert (found.double() - expected).norm() <= 8e-3 * expected.norm()
+        worst = (found.double() - expected).abs().max()
+        assert worst <= 2e-2 * expected.abs().max()
+
+
 def test_same_bits_for_any_number_of_threads() -> None:
     tensors = inputs(torch.bfloat16, (6, 2), (64, 64))
     threads = torch.get_num_threads()
@@ -79,9 +109,10 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert torch.equal(a, b)
 
 
-def test_a_poisoned_row_stays_in_its_row() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_poisoned_row_stays_in_its_row(dtype) -> None:
     """Blocks reach past the end of a segment; what lies there must not be multiplied in."""
-    tensors = inputs(torch.float32, (2, 1), (64, 64))
+    tensors = inputs(dtype, (2, 1), (64, 64))
     clean = run(prefix_attention, tensors, backend="cpu")
     poisoned = [x.clone() for x in tensors]
     for x in poisoned[:3]:

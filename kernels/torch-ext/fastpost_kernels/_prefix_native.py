@@ -3,7 +3,9 @@
 PyTorch's blockwise kernel takes one region a call. With tens of segments of tens of tokens, packing
 its operands and placing its results cost more than the products: 8 pairs of short answers (1,352
 tokens, 9 heads of 64, bf16, 2 threads) take 7.7 + 18.6 ms a layer that way and 3.6 + 9.5 ms here.
-Paths beyond `_MAX_PATH` are faster there in 16 bits, whose matrix units this kernel does not use.
+On CPUs with matrix tiles (AMX) bf16 is 4 to 6 times as fast again, one thread on either side, see
+csrc/prefix_attention_amx.cpp. Paths beyond `_MAX_PATH` go to PyTorch's kernel, which in 16 bits is
+faster than the kernel without tiles.
 """
 
 from __future__ import annotations

@@ -7,10 +7,20 @@ by root mean square, both relative to the same norm of the truth.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["EPSILON", "Canary", "assert_close_to_reference", "relative_errors"]
+__all__ = [
+    "EPSILON",
+    "Canary",
+    "assert_close_to_reference",
+    "guarded_call",
+    "relative_errors",
+]
 
 # What rounding alone may cost, relative to the largest element of the result: about 8 units of fp32
 # for another order of summation, one unit of bf16 for a result stored once. In float64 the baseline
@@ -49,21 +59,70 @@ def assert_close_to_reference(
 
 
 class Canary:
-    """A matrix inside a larger buffer whose margins must survive."""
+    """A copy of a tensor inside a larger buffer in which nothing else may change.
 
-    VALUE = -12345.0
+    `inner` holds the values; before, after and between its elements lie guards. They are large and
+    finite, so that reading one shows in the result and scaling one in place shows in the guard.
+    """
 
-    def __init__(self, matrix: Tensor, margin: int = 16) -> None:
-        rows, cols = matrix.shape
-        self.buffer = matrix.new_full((rows + 2 * margin, cols + 2 * margin), self.VALUE)
-        self.inner = self.buffer[margin : margin + rows, margin : margin + cols]
-        self.inner.copy_(matrix)
+    PATTERN = 0x45  # every byte: 3156.3 in float32, 3152 in bfloat16, 4.99e18 in int64
+    inner: Tensor  # of the shape and dtype given
+
+    def __init__(
+        self, tensor: Tensor, margin: int = 16, strides: Sequence[int] | None = None
+    ) -> None:
+        """`margin` elements before and after. `strides` of `inner`, in elements; rows lie
+        2 * margin apart if not given. Dimensions of stride 0 are expanded again."""
+        shape = tensor.shape
+        if strides is None:
+            padded = [*shape[1:-1], *(size + 2 * margin for size in shape[1:][-1:]), 1]
+            strides = [math.prod(padded[i:]) for i in range(len(shape))]
+        span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        size = 2 * margin + (span if tensor.numel() else 0)
+        self.buffer = tensor.new_zeros(size)
+        self.is_guard = torch.ones(size, dtype=torch.bool, device=tensor.device)
+        _bytes_of(self.buffer).fill_(self.PATTERN)
+        self.inner = self.buffer.as_strided(shape, tuple(strides), margin)
+        if tensor.numel():
+            self.is_guard.as_strided(shape, tuple(strides), margin).fill_(False)
+            source = tensor
+            once = self.inner
+            for dim, stride in enumerate(strides):
+                if stride == 0:
+                    source, once = source.narrow(dim, 0, 1), once.narrow(dim, 0, 1)
+            once.copy_(source)
 
     def assert_untouched(self) -> None:
-        """Every element outside `inner` still holds VALUE (as its dtype rounds it)."""
-        outside = self.buffer.clone()
-        value = outside.new_full((), self.VALUE)
-        rows, cols = self.inner.shape
-        margin = (self.buffer.shape[0] - rows) // 2
-        outside[margin : margin + rows, margin : margin + cols] = value
-        assert torch.equal(outside, value.expand_as(outside)), "wrote outside its buffer"
+        """Every byte outside `inner` still holds PATTERN."""
+        guards = _bytes_of(self.buffer).view(-1, self.buffer.itemsize)[self.is_guard]
+        assert (guards == self.PATTERN).all(), (
+            f"wrote outside a buffer of shape {list(self.inner.shape)}, {self.inner.dtype}"
+        )
+
+
+def guarded_call(function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    """`function` with every tensor in a Canary of the same strides; what it wrote is copied back.
+
+    `function` is a launch, as `kernel[grid]`. One tensor given twice stays one tensor.
+
+    Raises AssertionError if a guard changed.
+    """
+    guarded: dict[tuple[Any, ...], tuple[Tensor, Canary]] = {}
+
+    def guard(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if place not in guarded:
+            guarded[place] = (value, Canary(value, strides=value.stride()))
+        return guarded[place][1].inner
+
+    function(*map(guard, args), **{name: guard(value) for name, value in kwargs.items()})
+    for original, canary in guarded.values():
+        canary.assert_untouched()
+        if 0 not in original.stride():  # an expanded tensor is an input
+            original.copy_(canary.inner)
+
+
+def _bytes_of(flat: Tensor) -> Tensor:
+    return flat.view(torch.uint8)

@@ -1,0 +1,1 @@
+"""What `fastpost doctor` looks at: the environment, and the kernels on this machine's GPU."""

@@ -14,7 +14,14 @@
 // on the number of threads.
 #include "prefix_attention.h"
 
-#if FASTPOST_X86 && defined(__linux__)
+// Older compilers do not know the instructions; without them the other kernel serves.
+#if defined(__clang__)
+#define FASTPOST_KNOWS_AMX (__clang_major__ >= 12)
+#else
+#define FASTPOST_KNOWS_AMX (__GNUC__ >= 11)
+#endif
+
+#if FASTPOST_X86 && FASTPOST_KNOWS_AMX && defined(__linux__)
 
 #include <cpuid.h>
 #include <sys/syscall.h>

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from fastpost.backbone import FastpostWarning
+from fastpost.cache_folder import cache_root
 
 # Raise when log-probs of the same row and weights come out otherwise by more than rounding.
 _ARITHMETIC_VERSION = 1
@@ -126,11 +127,6 @@ def _hash(tensor: Tensor) -> bytes:
         return hashlib.sha256(about).digest()
     content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(about + b":").digest() + hashlib.sha256(content).digest()
-
-
-def cache_root() -> Path:
-    """Where all references are kept, and `fastpost.demo` keeps its model."""
-    return Path(os.environ.get("FASTPOST_CACHE") or Path.home() / ".cache/fastpost")
 
 
 def cache_folder(reference: str, autocast: str, temperature: float = 1.0) -> Path:

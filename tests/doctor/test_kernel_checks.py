@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpost.doctor import kernel_checks
-from fastpost.doctor.guarded_memory import GuardedMemory
+from fastpost.doctor.guarded_memory import BAND, GuardedMemory
 from fastpost.doctor.kernel_checks import CheckResult, Sizes, run_checks
 
 host = importlib.import_module("fastpost_kernels._prefix_triton")
@@ -104,9 +104,23 @@ def test_a_kernel_that_leaves_a_block_unwritten_fails(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(host, "_query_table", without_last_block)
     results = attention_checks()
-    # every form is wrong; those whose gradients read the hole are found by their size instead
-    assert results and all(r.fault for r in results)
-    assert any("NaN" in str(r.fault) for r in results)
+    assert results and all("NaN" in str(r.fault) for r in results)
+
+
+@pytest.mark.usefixtures("only_fp32")
+def test_buffers_made_inside_ops_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward: what the launchers allocate starts as NaN, between bands."""
+    fresh, made = host._empty_like, []
+
+    def seen(x: Tensor, size: int) -> Tensor:
+        made.append(fresh(x, size))
+        assert made[-1].isnan().all()
+        assert made[-1].untyped_storage().nbytes() > 2 * BAND
+        return made[-1]
+
+    monkeypatch.setattr(host, "_empty_like", seen)
+    assert all(r.ok for r in attention_checks())
+    assert len(made) == 2 * 4  # out, dQ, dK and dV of both forms
 
 
 def test_guarded_tensors_keep_shape_and_values() -> None:

@@ -24,6 +24,11 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 SHAPES = [((64,), 64, 128), ((97,), 192, 64), ((130,), 128, 320), ((3, 43), 64, 160)]
 
 
+@pytest.fixture(autouse=True)
+def small_layers_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MIN_WORK", 64 * 64 * 64)
+
+
 def results(
     f: object, x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
 ) -> list[Tensor]:

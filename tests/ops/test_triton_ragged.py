@@ -18,12 +18,11 @@ from torch import Tensor
 
 from fastpost_kernels import _vocab_passes_triton as passes
 from fastpost_kernels import _vocab_tiles, linear_logprob, prefix_attention, reference
-from fastpost_kernels.testing import Canary
+from fastpost_kernels.testing import EPSILON, Canary
 
 prefix_host = importlib.import_module("fastpost_kernels._prefix_triton")
 
 BF16, FP32 = torch.bfloat16, torch.float32
-EPS = {FP32: 1e-5, BF16: 4e-3}
 TILE = 64
 VALUES = ("logprob", "entropy", "log_sum_sq_probs", "mean_logits", "logsumexp")
 OUTPUTS = (*VALUES[1:], "is_top1")
@@ -115,7 +114,7 @@ def allowance(truth: Tensor, rough: Tensor, dtype: torch.dtype) -> float:
     """
     error = float((rough.double() - truth).abs().max()) if truth.numel() else 0.0
     largest = float(truth.abs().max()) if truth.numel() else 0.0
-    return 2 * error + EPS[dtype] * max(1.0, largest)
+    return 2 * error + EPSILON[dtype] * max(1.0, largest)
 
 
 def assert_all_close(actual: Results, truths: tuple[Results, Results], dtype: torch.dtype) -> None:

@@ -5,8 +5,9 @@
 Strategy. All three products are the library's. In dW the left operand lies transposed, and a 16-bit
 CPU GEMM then packs it element by element: at the sizes of a small language model it reaches 1.1 to
 1.5 TFLOP/s where the other two reach 2.6. One pass over dy writes a transposed copy first, and the
-same GEMM on it takes half to two thirds of the time, the copy included. Shapes for which it was not
-measured faster take the library's own path; so do GPUs, fp32, and layers without a weight gradient.
+same GEMM on it takes 0.45 to 0.8 of the time by shape, the copy included (on two AMX cores;
+bench/ops/bench_linear.py). Shapes for which it was not measured faster take the library's own path;
+so do GPUs, fp32, and layers without a weight gradient.
 Rejected: transposing x instead, whose result has to be transposed back.
 
 Legend: M rows, K inputs, N outputs. FLOPs: 2 M N K each. Bytes of the copy: 4 M N.
@@ -25,20 +26,22 @@ from ._csrc import library, num_threads
 from ._layer_passes import rows_of
 from ._namespace import add_op_namespace_prefix
 
-__all__ = ["is_faster_transposed", "linear"]
+__all__ = ["linear"]
 
 # Measured on two AMX cores: between these the library's split over threads, not packing, is what
 # limits square weights.
 _LARGE_WEIGHT = 800_000
 _TALL = 2
-_MIN_ROWS = 64
+# Below this many multiplications the copy and its call cost what they save.
+_MIN_WORK = 200_000_000
 
 
 def is_faster_transposed(rows: int, weight: torch.Size) -> bool:
     """Whether dW of `weight` [N, K] from `rows` rows was measured faster through the copy."""
     outputs, inputs = weight
     is_tall = max(outputs, inputs) >= _TALL * min(outputs, inputs)
-    return rows >= _MIN_ROWS and (outputs * inputs >= _LARGE_WEIGHT or is_tall)
+    is_enough = rows * outputs * inputs >= _MIN_WORK
+    return is_enough and (outputs * inputs >= _LARGE_WEIGHT or is_tall)
 
 
 def transposed(matrix: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "EPSILON",
     "Canary",
     "assert_close_to_reference",
+    "errors_and_limits",
     "guarded_call",
     "relative_errors",
 ]
@@ -40,22 +41,23 @@ def relative_errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(largest), float(rms)
 
 
+def errors_and_limits(
+    actual: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype
+) -> list[tuple[float, float]]:
+    """`relative_errors` of `actual`, each with what it may be: 2 * that of `baseline` + EPSILON."""
+    found, allowed = relative_errors(actual, truth), relative_errors(baseline, truth)
+    return [(x, 2 * y + EPSILON[dtype]) for x, y in zip(found, allowed, strict=True)]
+
+
 def assert_close_to_reference(
     actual: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype, name: str = "result"
 ) -> None:
     """`actual` against `truth` (float64), allowed 2 * error of `baseline` + EPSILON[dtype]."""
     assert actual.shape == truth.shape, f"{name}: shape {actual.shape}, expected {truth.shape}"
     assert torch.isfinite(actual).all(), f"{name}: not finite"
-    for kind, got, allowed in zip(
-        ("max", "rms"),
-        relative_errors(actual, truth),
-        relative_errors(baseline, truth),
-        strict=True,
-    ):
-        limit = 2 * allowed + EPSILON[dtype]
-        assert got <= limit, (
-            f"{name}: {kind} error {got:.3g} > {limit:.3g} (baseline {allowed:.3g})"
-        )
+    pairs = errors_and_limits(actual, truth, baseline, dtype)
+    for kind, (got, limit) in zip(("max", "rms"), pairs, strict=True):
+        assert got <= limit, f"{name}: {kind} error {got:.3g} > {limit:.3g}"
 
 
 class Canary:

@@ -19,3 +19,4 @@ FASTPOST_EXPORT void fastpost_advise_huge_pages(void* data, int64_t bytes) {
   (void)bytes;
 #endif
 }
+FASTPOST_ARGUMENTS(fastpost_advise_huge_pages)

@@ -292,6 +292,7 @@ FASTPOST_EXPORT void fastpost_rms_norm_forward(int is_bf16, const void* x, int64
   is_bf16 ? rms_norm_forward<bf16>(p, weight, simd_limit, threads)
           : rms_norm_forward<float>(p, weight, simd_limit, threads);
 }
+FASTPOST_ARGUMENTS(fastpost_rms_norm_forward)
 
 // dx [rows, width] and d_weight [width]; either may be null.
 FASTPOST_EXPORT void fastpost_rms_norm_backward(int is_bf16, const void* grad, int64_t grad_stride,
@@ -305,6 +306,7 @@ FASTPOST_EXPORT void fastpost_rms_norm_backward(int is_bf16, const void* grad, i
   is_bf16 ? rms_norm_backward<bf16>(p, weight, d_weight, simd_limit, threads)
           : rms_norm_backward<float>(p, weight, d_weight, simd_limit, threads);
 }
+FASTPOST_ARGUMENTS(fastpost_rms_norm_backward)
 
 // out [rows, width] = silu(gate) * up.
 FASTPOST_EXPORT void fastpost_swiglu_forward(int is_bf16, const void* gate, int64_t gate_stride,
@@ -319,6 +321,7 @@ FASTPOST_EXPORT void fastpost_swiglu_forward(int is_bf16, const void* gate, int6
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; ++r) function(p, r);
 }
+FASTPOST_ARGUMENTS(fastpost_swiglu_forward)
 
 // d_gate and d_up [rows, width]; either may be null.
 FASTPOST_EXPORT void fastpost_swiglu_backward(int is_bf16, const void* grad, int64_t grad_stride,
@@ -335,3 +338,4 @@ FASTPOST_EXPORT void fastpost_swiglu_backward(int is_bf16, const void* grad, int
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; ++r) function(p, r);
 }
+FASTPOST_ARGUMENTS(fastpost_swiglu_backward)

@@ -86,3 +86,4 @@ FASTPOST_EXPORT void fastpost_transpose_16(const uint16_t* in, int64_t in_stride
                     out + first, out_stride);
   }
 }
+FASTPOST_ARGUMENTS(fastpost_transpose_16)

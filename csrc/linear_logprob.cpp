@@ -7,7 +7,6 @@
 // statistics are defined. Rows are independent: OpenMP splits them, one row stays in one core's L1.
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "simd.h"
 
@@ -36,8 +35,9 @@ struct Tile {
   int64_t table_stride;
 };
 
-// The scalars of a tile as locals: a store to a float tile could alias the struct and would force
-// them to be read again in every iteration.
+// z = softcap tanh(logit_scale y / softcap) / temperature and dz/dy without its constant factor. The
+// scalars of a tile as locals: a store to a float tile could alias the struct and would force them
+// to be read again in every iteration.
 template <bool CAP>
 struct Transform {
   float before, after;
@@ -58,59 +58,143 @@ struct Transform {
   }
 };
 
-// A row of logits in fp32 with its bias: separate loops to widen and narrow 16-bit rows are faster
-// than conversions inside the arithmetic, and the arithmetic exists once.
-template <class T>
-FASTPOST_INLINE void widen(const T* row, const float* bias, int64_t n, float* out) {
-  if (bias) {
-#pragma omp simd simdlen(32)
-    for (int64_t j = 0; j < n; ++j) out[j] = load(row + j) + bias[j];
-  } else {
-#pragma omp simd simdlen(32)
-    for (int64_t j = 0; j < n; ++j) out[j] = load(row + j);
+// What the passes need of one logit; `distance` is z - ref in units of Exponential<T>::kUnit.
+struct Term {
+  float exp, slope, distance, z;
+};
+
+// exp(z - ref) for a tile of T, as precise as what T holds.
+template <class T, bool CAP>
+struct Exponential;
+
+template <bool CAP>
+struct Exponential<float, CAP> {
+  static constexpr double kUnit = 1.0;
+  Transform<CAP> transform;
+  float ref;
+
+  Exponential(const Tile& t, float reference) : transform(t), ref(reference) {}
+
+  FASTPOST_INLINE Term operator()(float y) const {
+    Term term;
+    transform(y, &term.z, &term.slope);
+    const float d = term.z - ref;
+    term.distance = d < -87.0f ? -87.0f : d;
+    term.exp = exp_approx(d);
+    return term;
   }
+};
+
+// Works in powers of two: scaling, temperature and log2(e) are one multiplication, ref its addend.
+template <bool CAP>
+struct Exponential<bf16, CAP> {
+  static constexpr double kUnit = 0.693147180559945309;
+  Transform<CAP> transform;
+  float scale, ref;
+
+  Exponential(const Tile& t, float reference)
+      : transform(t),
+        scale(1.44269504088896341f * (CAP ? transform.after : transform.before)),
+        ref(1.44269504088896341f * reference) {}
+
+  FASTPOST_INLINE Term operator()(float y) const {
+    Term term;
+    float x = y;
+    term.slope = 1.0f;
+    if (CAP) tanh_and_slope(y * transform.before, &x, &term.slope);
+    term.z = x * (CAP ? transform.after : transform.before);
+    const float d = x * scale - ref;
+    term.distance = d < -125.0f ? -125.0f : d;
+    term.exp = exp2_short(term.distance);
+    return term;
+  }
+};
+
+// In the loops below 16-bit elements go in pairs, as the halves of one word: that needs no
+// instruction that moves data across a register.
+template <bool BIAS>
+FASTPOST_INLINE float biased(float y, const float* bias, int64_t j) {
+  return BIAS ? y + bias[j] : y;
 }
 
-template <class T>
-FASTPOST_INLINE void narrow(const float* in, int64_t n, T* row) {
-#pragma omp simd simdlen(32)
-  for (int64_t j = 0; j < n; ++j) store(row + j, in[j]);
-}
-
-FASTPOST_INLINE float range_max(const float* y, int64_t begin, int64_t end) {
-  float best = kMinusInf;
-#pragma omp simd simdlen(64) reduction(max : best)
-  for (int64_t j = begin; j < end; ++j) best = y[j] > best ? y[j] : best;
-  return best;
+template <class T, bool BIAS>
+FASTPOST_INLINE float range_max(const T* row, const float* bias, int64_t begin, int64_t end) {
+  // Four chains: with masks a maximum takes several cycles, and waits for the one before.
+  float a = kMinusInf, b = kMinusInf, c = kMinusInf, d = kMinusInf;
+  int64_t done = begin;
+  if constexpr (sizeof(T) == 2) {
+    const int64_t half = begin < end ? (end - begin) / 4 * 2 : 0;
+#pragma omp simd simdlen(32) reduction(max : a, b, c, d)
+    for (int64_t i = 0; i < half / 2; ++i) {
+      const int64_t j = begin + 2 * i, k = j + half;
+      const uint32_t near = load_word(row + j), far = load_word(row + k);
+      const float p = biased<BIAS>(low_half(near), bias, j);
+      const float q = biased<BIAS>(high_half(near), bias, j + 1);
+      const float r = biased<BIAS>(low_half(far), bias, k);
+      const float s = biased<BIAS>(high_half(far), bias, k + 1);
+      a = p > a ? p : a;
+      b = q > b ? q : b;
+      c = r > c ? r : c;
+      d = s > d ? s : d;
+    }
+    done += 2 * half;
+  }
+#pragma omp simd simdlen(64) reduction(max : a)
+  for (int64_t j = done; j < end; ++j) {
+    const float y = biased<BIAS>(load(row + j), bias, j);
+    a = y > a ? y : a;
+  }
+  a = a > b ? a : b;
+  c = c > d ? c : d;
+  return a > c ? a : c;
 }
 
 struct Sums {
-  double exp = 0, x_exp = 0, squares = 0, z = 0;
+  double exp = 0, distance = 0, squares = 0, z = 0;
 };
 
-template <bool CAP, bool MOMENTS, bool STORE>
-FASTPOST_INLINE void range_sums(const Transform<CAP> transform, float* y, int64_t begin,
-                                int64_t end, float ref, Sums* sums) {
+template <class T, bool CAP, bool MOMENTS, bool STORE, bool BIAS>
+FASTPOST_INLINE void range_sums(const Exponential<T, CAP> exponential, T* row, const float* bias,
+                                int64_t begin, int64_t end, Sums* sums) {
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t stop = start + kBlock < end ? start + kBlock : end;
-    float s = 0, xs = 0, sq = 0, zs = 0;
-#pragma omp simd simdlen(32) reduction(+ : s, xs, sq, zs)
-    for (int64_t j = start; j < stop; ++j) {
-      float z, slope;
-      transform(y[j], &z, &slope);
-      const float d = z - ref;
-      const float e = exp_approx(d);
-      s += e;
-      if (MOMENTS) {
-        xs += e * (d < -87.0f ? -87.0f : d);
-        sq += e * e;
-        zs += z;
+    float s = 0, ds = 0, sq = 0, zs = 0;
+    int64_t done = start;
+    if constexpr (sizeof(T) == 2) {
+      const int64_t pairs = (stop - start) / 2;
+#pragma omp simd simdlen(32) reduction(+ : s, ds, sq, zs)
+      for (int64_t i = 0; i < pairs; ++i) {
+        const int64_t j = start + 2 * i;
+        const uint32_t word = load_word(row + j);
+        const Term a = exponential(biased<BIAS>(low_half(word), bias, j));
+        const Term b = exponential(biased<BIAS>(high_half(word), bias, j + 1));
+        s += a.exp + b.exp;
+        if (MOMENTS) {
+          ds += a.exp * a.distance + b.exp * b.distance;
+          sq += a.exp * a.exp + b.exp * b.exp;
+          zs += a.z + b.z;
+        }
+        if (STORE) {
+          store_word(row + j, CAP ? round_halves(a.exp * a.slope, b.exp * b.slope)
+                                  : round_halves(a.exp, b.exp));
+        }
       }
-      if (STORE) y[j] = CAP ? e * slope : e;
+      done += 2 * pairs;
+    }
+#pragma omp simd simdlen(32) reduction(+ : s, ds, sq, zs)
+    for (int64_t j = done; j < stop; ++j) {
+      const Term a = exponential(biased<BIAS>(load(row + j), bias, j));
+      s += a.exp;
+      if (MOMENTS) {
+        ds += a.exp * a.distance;
+        sq += a.exp * a.exp;
+        zs += a.z;
+      }
+      if (STORE) store(row + j, CAP ? a.exp * a.slope : a.exp);
     }
     sums->exp += s;
     if (MOMENTS) {
-      sums->x_exp += xs;
+      sums->distance += ds;
       sums->squares += sq;
       sums->z += zs;
     }
@@ -118,42 +202,44 @@ FASTPOST_INLINE void range_sums(const Transform<CAP> transform, float* y, int64_
 }
 
 // The target's own column is left out: its logit was computed in fp32 and is the initial state.
-template <class T, bool CAP, bool MOMENTS, bool STORE>
-FASTPOST_INLINE void fold_row(const Tile& t, int64_t r, float* y) {
+template <class T, bool CAP, bool MOMENTS, bool STORE, bool BIAS>
+FASTPOST_INLINE void fold_row(const Tile& t, int64_t r) {
   T* row = static_cast<T*>(t.data) + r * t.stride;
   const int64_t local = t.targets[r] - t.first_col;
   const bool inside = local >= 0 && local < t.cols;
   const int64_t before_end = local < 0 ? 0 : (local < t.cols ? local : t.cols);
   const int64_t after_begin = inside ? local + 1 : before_end;
+  const int64_t begins[2] = {0, after_begin}, ends[2] = {before_end, t.cols};
   float* state = t.table + r;
   const int64_t k = t.table_stride;
 
-  widen(row, t.bias, t.cols, y);
-  const float before = range_max(y, 0, before_end);
-  const float after = range_max(y, after_begin, t.cols);
-  if (inside) state[TOP_SELF * k] = y[local];
-  if (before > state[TOP_BEFORE * k]) state[TOP_BEFORE * k] = before;
-  if (after > state[TOP_AFTER * k]) state[TOP_AFTER * k] = after;
+  float top[2];
+  for (int side = 0; side < 2; ++side) {
+    top[side] = range_max<T, BIAS>(row, t.bias, begins[side], ends[side]);
+  }
+  if (inside) state[TOP_SELF * k] = biased<BIAS>(load(row + local), t.bias, local);
+  if (top[0] > state[TOP_BEFORE * k]) state[TOP_BEFORE * k] = top[0];
+  if (top[1] > state[TOP_AFTER * k]) state[TOP_AFTER * k] = top[1];
 
-  const Transform<CAP> transform(t);
   float zmax, slope;
-  transform(before > after ? before : after, &zmax, &slope);
+  Transform<CAP>{t}(top[0] > top[1] ? top[0] : top[1], &zmax, &slope);
   const float old_ref = state[REF * k];
   const float ref = zmax - old_ref > kLag ? zmax : old_ref;
   const double rescale = ref == old_ref ? 1.0 : std::exp(double(old_ref) - ref);
 
   Sums sums;
-  range_sums<CAP, MOMENTS, STORE>(transform, y, 0, before_end, ref, &sums);
-  range_sums<CAP, MOMENTS, STORE>(transform, y, after_begin, t.cols, ref, &sums);
-  if (STORE) {
-    if (inside) y[local] = 0.0f;
-    narrow(y, t.cols, row);
+  const Exponential<T, CAP> exponential(t, ref);
+  for (int side = 0; side < 2; ++side) {
+    range_sums<T, CAP, MOMENTS, STORE, BIAS>(exponential, row, t.bias, begins[side], ends[side],
+                                             &sums);
   }
+  if (STORE && inside) store(row + local, 0.0f);
 
   const double old_sum = state[SUM * k];
   if (MOMENTS) {
     const double moved = ref == old_ref ? 0.0 : (double(old_ref) - ref) * old_sum;
-    state[XSUM * k] = float((state[XSUM * k] + moved) * rescale + sums.x_exp);
+    const double distances = sums.distance * Exponential<T, CAP>::kUnit;
+    state[XSUM * k] = float((state[XSUM * k] + moved) * rescale + distances);
     state[SQUARES * k] = float(state[SQUARES * k] * rescale * rescale + sums.squares);
     state[ZSUM * k] = float(state[ZSUM * k] + sums.z);
   }
@@ -162,30 +248,59 @@ FASTPOST_INLINE void fold_row(const Tile& t, int64_t r, float* y) {
   state[RESCALE * k] = float(rescale);
 }
 
+template <class T, bool CAP, bool SCALED>
+struct Gradient {
+  Exponential<T, CAP> probability;
+  float constant, linear, uniform;
+
+  FASTPOST_INLINE float operator()(float y) const {
+    const Term a = probability(y);
+    const float d = SCALED ? a.exp * constant : a.exp * (constant + linear * a.z) + uniform;
+    return CAP ? d * a.slope : d;
+  }
+};
+
+template <class T, bool CAP, bool SCALED, bool BIAS>
+FASTPOST_INLINE void row_gradient(const Gradient<T, CAP, SCALED> gradient, T* row,
+                                  const float* bias, int64_t cols) {
+  int64_t done = 0;
+  if constexpr (sizeof(T) == 2) {
+    const int64_t pairs = cols / 2;
+#pragma omp simd simdlen(32)
+    for (int64_t i = 0; i < pairs; ++i) {
+      const uint32_t word = load_word(row + 2 * i);
+      const float a = gradient(biased<BIAS>(low_half(word), bias, 2 * i));
+      const float b = gradient(biased<BIAS>(high_half(word), bias, 2 * i + 1));
+      store_word(row + 2 * i, round_halves(a, b));
+    }
+    done = 2 * pairs;
+  }
+#pragma omp simd simdlen(32)
+  for (int64_t j = done; j < cols; ++j) {
+    store(row + j, gradient(biased<BIAS>(load(row + j), bias, j)));
+  }
+}
+
 // tile_j = slope_j * (p_j * (CONST + LINEAR * z_j) + UNIFORM), and TARGET at the target's column.
-template <class T, bool CAP>
-FASTPOST_INLINE void gradient_row(const Tile& t, int64_t r, float* y) {
+template <class T, bool CAP, bool BIAS>
+FASTPOST_INLINE void gradient_row(const Tile& t, int64_t r) {
   T* row = static_cast<T*>(t.data) + r * t.stride;
   const float* coef = t.table + r;
-  const int64_t k = t.table_stride, cols = t.cols;
+  const int64_t k = t.table_stride;
   const float chain = t.logit_scale * t.inv_temperature;
-  const float lse = coef[LSE * k];
   const float constant = coef[CONST * k] * chain;
   const float linear = coef[LINEAR * k] * chain;
   const float uniform = coef[UNIFORM * k] * chain;
-  const Transform<CAP> transform(t);
-  widen(row, t.bias, cols, y);
-#pragma omp simd simdlen(32)
-  for (int64_t j = 0; j < cols; ++j) {
-    float z, slope;
-    transform(y[j], &z, &slope);
-    const float p = exp_approx(z - lse);
-    const float g = p * (constant + linear * z) + uniform;
-    y[j] = CAP ? g * slope : g;
+  const Exponential<T, CAP> probability(t, coef[LSE * k]);
+  if (linear == 0.0f && uniform == 0.0f) {
+    const Gradient<T, CAP, true> gradient{probability, constant, linear, uniform};
+    row_gradient<T, CAP, true, BIAS>(gradient, row, t.bias, t.cols);
+  } else {
+    const Gradient<T, CAP, false> gradient{probability, constant, linear, uniform};
+    row_gradient<T, CAP, false, BIAS>(gradient, row, t.bias, t.cols);
   }
   const int64_t local = t.targets[r] - t.first_col;
-  if (local >= 0 && local < cols) y[local] = coef[TARGET * k];
-  narrow(y, cols, row);
+  if (local >= 0 && local < t.cols) store(row + local, coef[TARGET * k]);
 }
 
 struct Accumulate {
@@ -206,13 +321,13 @@ FASTPOST_INLINE void accumulate_row(const Accumulate& a, int64_t r) {
 
 // One copy of every row function per instruction set.
 #define FASTPOST_ROWS(SUFFIX, TARGET_ATTRIBUTE)                                                 \
-  template <class T, bool CAP, bool MOMENTS, bool STORE>                                        \
-  TARGET_ATTRIBUTE void fold_##SUFFIX(const Tile& t, int64_t r, float* scratch) {               \
-    fold_row<T, CAP, MOMENTS, STORE>(t, r, scratch);                                            \
+  template <class T, bool CAP, bool MOMENTS, bool STORE, bool BIAS>                             \
+  TARGET_ATTRIBUTE void fold_##SUFFIX(const Tile& t, int64_t r) {                               \
+    fold_row<T, CAP, MOMENTS, STORE, BIAS>(t, r);                                               \
   }                                                                                             \
-  template <class T, bool CAP>                                                                  \
-  TARGET_ATTRIBUTE void gradient_##SUFFIX(const Tile& t, int64_t r, float* scratch) {           \
-    gradient_row<T, CAP>(t, r, scratch);                                                        \
+  template <class T, bool CAP, bool BIAS>                                                       \
+  TARGET_ATTRIBUTE void gradient_##SUFFIX(const Tile& t, int64_t r) {                           \
+    gradient_row<T, CAP, BIAS>(t, r);                                                           \
   }                                                                                             \
   TARGET_ATTRIBUTE void accumulate_##SUFFIX(const Accumulate& a, int64_t r) {                   \
     accumulate_row(a, r);                                                                       \
@@ -225,41 +340,50 @@ FASTPOST_ROWS(avx2, FASTPOST_AVX2)
 FASTPOST_ROWS(avx512, FASTPOST_AVX512)
 #endif
 
-using RowFunction = void (*)(const Tile&, int64_t, float*);
+using RowFunction = void (*)(const Tile&, int64_t);
 
-template <class T, bool CAP, bool MOMENTS, bool STORE>
+template <class T, bool CAP, bool MOMENTS, bool STORE, bool BIAS>
 RowFunction fold_function(Simd simd) {
 #if FASTPOST_X86
-  if (simd == Simd::avx512) return fold_avx512<T, CAP, MOMENTS, STORE>;
-  if (simd == Simd::avx2) return fold_avx2<T, CAP, MOMENTS, STORE>;
+  if (simd == Simd::avx512) return fold_avx512<T, CAP, MOMENTS, STORE, BIAS>;
+  if (simd == Simd::avx2) return fold_avx2<T, CAP, MOMENTS, STORE, BIAS>;
 #endif
-  return fold_portable<T, CAP, MOMENTS, STORE>;
+  return fold_portable<T, CAP, MOMENTS, STORE, BIAS>;
 }
 
-template <class T, bool CAP>
+template <class T, bool CAP, bool BIAS>
 RowFunction gradient_function(Simd simd) {
 #if FASTPOST_X86
-  if (simd == Simd::avx512) return gradient_avx512<T, CAP>;
-  if (simd == Simd::avx2) return gradient_avx2<T, CAP>;
+  if (simd == Simd::avx512) return gradient_avx512<T, CAP, BIAS>;
+  if (simd == Simd::avx2) return gradient_avx2<T, CAP, BIAS>;
 #endif
-  return gradient_portable<T, CAP>;
+  return gradient_portable<T, CAP, BIAS>;
 }
 
-template <class T, bool CAP>
+template <class T, bool CAP, bool BIAS>
 RowFunction choose_fold(Simd simd, bool moments, bool store_exp) {
   if (moments) {
-    return store_exp ? fold_function<T, CAP, true, true>(simd)
-                     : fold_function<T, CAP, true, false>(simd);
+    return store_exp ? fold_function<T, CAP, true, true, BIAS>(simd)
+                     : fold_function<T, CAP, true, false, BIAS>(simd);
   }
-  return store_exp ? fold_function<T, CAP, false, true>(simd)
-                   : fold_function<T, CAP, false, false>(simd);
+  return store_exp ? fold_function<T, CAP, false, true, BIAS>(simd)
+                   : fold_function<T, CAP, false, false, BIAS>(simd);
+}
+
+template <class T, bool CAP, bool BIAS>
+RowFunction choose_pass(Simd simd, bool is_fold, bool moments, bool store_exp) {
+  return is_fold ? choose_fold<T, CAP, BIAS>(simd, moments, store_exp)
+                 : gradient_function<T, CAP, BIAS>(simd);
 }
 
 template <class T>
-RowFunction choose(Simd simd, bool is_fold, bool cap, bool moments, bool store_exp) {
-  if (!is_fold) return cap ? gradient_function<T, true>(simd) : gradient_function<T, false>(simd);
-  return cap ? choose_fold<T, true>(simd, moments, store_exp)
-             : choose_fold<T, false>(simd, moments, store_exp);
+RowFunction choose(Simd simd, const Tile& t, bool is_fold, bool moments, bool store_exp) {
+  if (t.softcap > 0.0f) {
+    return t.bias ? choose_pass<T, true, true>(simd, is_fold, moments, store_exp)
+                  : choose_pass<T, true, false>(simd, is_fold, moments, store_exp);
+  }
+  return t.bias ? choose_pass<T, false, true>(simd, is_fold, moments, store_exp)
+                : choose_pass<T, false, false>(simd, is_fold, moments, store_exp);
 }
 
 Simd limited_simd(int limit) {
@@ -271,9 +395,6 @@ Simd limited_simd(int limit) {
 }  // namespace fastpost
 
 using namespace fastpost;
-
-// The instruction set this CPU gets: 0 portable, 1 AVX2, 2 AVX-512.
-FASTPOST_EXPORT int fastpost_simd() { return int(best_simd()); }
 
 // `table` is the state [9, rows] (fold) or the coefficients [5, rows] (gradient), fp32, rows
 // `table_stride` apart. `bias` is null or the fp32 bias of these columns. `simd_limit` < 0 takes
@@ -288,17 +409,12 @@ FASTPOST_EXPORT void fastpost_logit_tile(int is_fold, int is_bf16, void* data, i
                   targets,     first_col, bias,  logit_scale,
                   softcap,     inv_temperature, table, table_stride};
   const Simd simd = limited_simd(simd_limit);
-  const bool cap = softcap > 0.0f;
-  const RowFunction function =
-      is_bf16 ? choose<bf16>(simd, is_fold, cap, moments, store_exp)
-              : choose<float>(simd, is_fold, cap, moments, store_exp);
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> scratch(cols);
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) function(tile, r, scratch.data());
-  }
+  const RowFunction function = is_bf16 ? choose<bf16>(simd, tile, is_fold, moments, store_exp)
+                                       : choose<float>(simd, tile, is_fold, moments, store_exp);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) function(tile, r);
 }
+FASTPOST_ARGUMENTS(fastpost_logit_tile)
 
 // acc[rows, cols] (fp32) = acc * rescale[row] + part (bf16); `rescale` may be null.
 FASTPOST_EXPORT void fastpost_accumulate(float* acc, const void* part, int64_t rows, int64_t cols,
@@ -313,3 +429,4 @@ FASTPOST_EXPORT void fastpost_accumulate(float* acc, const void* part, int64_t r
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; ++r) function(a, r);
 }
+FASTPOST_ARGUMENTS(fastpost_accumulate)

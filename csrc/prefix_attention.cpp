@@ -420,6 +420,11 @@ View view_of(void* data, const int64_t* layout) { return {data, layout[0], layou
 
 using namespace fastpost;
 
+// The most this CPU gives a kernel here: 0 portable, 1 AVX2, 2 AVX-512, 3 matrix tiles, which only
+// bf16 attention takes.
+FASTPOST_EXPORT int fastpost_simd() { return int(has_amx() ? Simd::amx : best_simd()); }
+FASTPOST_ARGUMENTS(fastpost_simd)
+
 // `tensors` and `layouts` describe query, key, value, out, and in the backward grad_out, grad_query,
 // grad_key, grad_value: a data pointer and (head stride, token stride, size) each. `lse` [Hq, N] is
 // written by the forward and read by the backward. `shape` is (Hq, Hk, N, S).
@@ -454,3 +459,4 @@ FASTPOST_EXPORT void fastpost_prefix_attention(int is_backward, int is_bf16, voi
     is_bf16 ? run_forward<bf16>(p, simd_limit, threads) : run_forward<float>(p, simd_limit, threads);
   }
 }
+FASTPOST_ARGUMENTS(fastpost_prefix_attention)

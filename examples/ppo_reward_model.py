@@ -2,17 +2,17 @@
 
     python examples/ppo_reward_model.py
 
-A reward model learns to tell sorted lists from wrongly sorted ones (`reward_model.py` beside this
-file); then SmolLM2-135M, with a LoRA adapter and a value head on its hidden states, learns to
-please it. Pass `--reward-model DIR` to use one that is there. The task's own score is measured too
-and never trained on: it says whether the reward model is pleased for the right reason. Both are
-means over sampled answers to held-out problems, which neither model was trained on.
+A reward model learns to rank sorted lists above worse answers (`reward_model.py` beside this file);
+then SmolLM2-135M, with a LoRA adapter and a value head on its hidden states, learns to please it.
+Pass `--reward-model DIR` to use one that is there. Two plain measures are taken too and never
+trained on, whether a reply is the sorted list and whether it has the right numbers in any order:
+they say whether the reward model is pleased for the right reason. All are means over sampled
+answers to held-out problems, which neither model was trained on.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
 import time
 from typing import Any
@@ -26,63 +26,71 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastpost import PPOConfig, PPOTrainer
 from fastpost.demo.smollm2 import smollm2_path
 
-# Shown to the policy as an earlier turn, so that its first samples look like answers at all.
-EXAMPLE = [
-    {"role": "user", "content": "Sort in ascending order: 31, 8, 77"},
-    {"role": "assistant", "content": "8, 31, 77"},
-]
-
 
 def prompts(count: int, seed: int, *, held_out: bool) -> Dataset:
-    rows = []
-    for entry in sorting.problems(count, seed, held_out=held_out):
-        if len(set(sorting.numbers(entry, "sorted"))) == 1:
-            continue  # has no wrong order
-        system, question = sorting.pair(entry, random.Random(0))["prompt"]
-        answer = sorting.shown(sorting.numbers(entry, "sorted"))
-        rows.append({"prompt": [system, *EXAMPLE, question], "answer": answer})
-    return Dataset.from_list(rows)
+    return Dataset.from_list(
+        [
+            {"prompt": sorting.question(entry), "answer": sorting.numbers(entry, "sorted")}
+            for entry in sorting.problems(count, seed, held_out=held_out)
+        ]
+    )
 
 
-def is_right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+def is_right(completions: list[Any], answer: list[list[int]], **_: Any) -> list[float]:
     """The task's own score: 1 where the reply is the sorted list."""
-    replies = [completion[0]["content"].strip() for completion in completions]
-    return [float(reply == right) for reply, right in zip(replies, answer, strict=True)]
+    return [float(_reply(c) == sorting.shown(a)) for c, a in zip(completions, answer, strict=True)]
+
+
+def has_the_numbers(completions: list[Any], answer: list[list[int]], **_: Any) -> list[float]:
+    """1 where the reply is a list of the right numbers, in any order."""
+    return [
+        float(sorted(_reply(c).split(", ")) == sorted(map(str, a)))
+        for c, a in zip(completions, answer, strict=True)
+    ]
+
+
+def _reply(completion: list[dict[str, str]]) -> str:
+    return completion[0]["content"].strip()
 
 
 def train(
-    reward_model: str, output: str, *, rollouts: int = 8, num_held_out: int = 96, seed: int = 0
+    reward_model: str, output: str, *, rollouts: int = 12, num_held_out: int = 64, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train, and return the figures of the held-out problems before and after."""
     torch.manual_seed(seed)
     folder = smollm2_path()
     trainer = PPOTrainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        reward_funcs=[reward_model, is_right],
+        reward_funcs=[reward_model, is_right, has_the_numbers],
         args=PPOConfig(
             output,
-            reward_weights=[1.0, 0.0],  # the second is only looked at
-            # A rollout: 8 answers to each of 8 problems, learnt from in 2 passes of 2 steps.
+            reward_weights=[1.0, 0.0, 0.0],  # the last two are only looked at
+            # A rollout: 8 answers to each of 6 problems, learnt from in 2 passes of 2 steps.
             num_generations=8,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=24,
             num_mini_batches=2,
             num_ppo_epochs=2,
             max_steps=4 * rollouts,
-            max_completion_length=28,
+            max_completion_length=16,
             learning_rate=2e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=4,
+            adam_beta2=0.95,
+            # A score comes at the end of some 15 tokens, and those of a rollout are units apart: no
+            # discount, and no narrow clip around a critic that has much to learn.
+            lam=1.0,
+            cliprange_value=10.0,
             kl_coef=0.05,
             vf_coef=0.1,
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=4,
-            per_device_eval_batch_size=32,
+            per_device_eval_batch_size=64,
             save_strategy="no",
             report_to=[],
             seed=seed,
         ),
-        train_dataset=prompts(8 * rollouts + 8, seed + 3, held_out=False),
+        train_dataset=prompts(6 * rollouts, seed + 3, held_out=False),
         eval_dataset=prompts(num_held_out, seed + 4, held_out=True),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(
@@ -101,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reward-model", help="folder of a reward model; trained if left out")
     parser.add_argument("--output", help="folder to save adapter and value head in")
-    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--rollouts", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()
@@ -109,7 +117,7 @@ def main() -> None:
         reward_model = options.reward_model
         if reward_model is None:
             reward_model = f"{scratch}/reward-model"
-            sorting.train(reward_model, num_problems=320, num_held_out=100, seed=options.seed)
+            sorting.train(reward_model, num_problems=240, num_held_out=50, seed=options.seed)
         before, after = train(
             reward_model,
             options.output or f"{scratch}/policy",
@@ -119,7 +127,8 @@ def main() -> None:
     minutes = (time.monotonic() - started) / 60
     for name, key in (
         ("reward model", "eval_reward"),
-        ("right answers", "eval_rewards/is_right/mean"),
+        ("sorted lists", "eval_rewards/is_right/mean"),
+        ("lists of the right numbers", "eval_rewards/has_the_numbers/mean"),
     ):
         print(f"{name}: {before[key]:.2f} before, {after[key]:.2f} after")
     print(f"{minutes:.1f} min")

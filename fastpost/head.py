@@ -2,11 +2,12 @@
 
 Architectures differ in three scalars between `hidden @ weight.T` and the logits (a scale, a
 softcap) and in where the weight lives (a plain tensor, a shard of FSDP2, a copy kept by PEFT's
-`modules_to_save`). Both are read here and nowhere else.
+`modules_to_save`, a weight under PEFT's plain LoRA). Both are read here and nowhere else.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
-from fastpost_kernels import linear_cross_entropy, linear_logprob
+from fastpost_kernels import (
+    HeadRows,
+    LoraHead,
+    PreferenceLogratio,
+    linear_cross_entropy,
+    linear_logprob,
+    preference_logratio,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Head:
             weight,
             targets.to(weight.device),
             bias,
+            lora=_adapter(model),
             outputs=outputs,
             **self._options(hidden),
         )
@@ -85,9 +94,45 @@ class Head:
             weight,
             targets.to(weight.device),
             bias,
+            lora=_adapter(model),
             num_items=num_items,
             outputs=outputs,
             **self._options(hidden),
+        )
+
+    def rows(
+        self, model: PreTrainedModel, hidden: Tensor, targets: Tensor, places: Tensor | None
+    ) -> HeadRows:
+        """Rows in front of this model's head, on its device.
+
+        Raises:
+            ValueError: an adapter is in force on lm_head.
+        """
+        if _adapter(model) is not None:
+            raise ValueError(
+                "policy and reference cannot be scored together with an adapter on lm_head; take "
+                "'lm_head' out of target_modules"
+            )
+        weight, bias = _gather(model)
+        here = None if places is None else places.to(weight.device)
+        return HeadRows(hidden.to(weight.device), weight, targets.to(weight.device), bias, here)
+
+    def logratio(
+        self,
+        policy: HeadRows,
+        reference: HeadRows | Tensor,
+        cu_seqlens: Tensor,
+        token_weights: Tensor | None,
+        outputs: tuple[str, ...],
+    ) -> PreferenceLogratio:
+        """Sequence log-probs of policy and reference, as the kernel's `PreferenceLogratio`."""
+        return preference_logratio(
+            policy,
+            reference,
+            cu_seqlens,
+            token_weights=token_weights,
+            outputs=outputs,
+            **self._options(policy.hidden),
         )
 
     def _options(self, hidden: Tensor) -> dict[str, Any]:
@@ -107,14 +152,56 @@ class Head:
 
 def unscorable_reason(model: PreTrainedModel) -> str | None:
     """Why the head cannot go through the kernel, or None if it can."""
-    lm_head = model.get_output_embeddings()
+    lm_head: Any = model.get_output_embeddings()
     if hasattr(lm_head, "base_layer"):
-        return "an adapter sits on lm_head; take 'lm_head' out of target_modules"
+        reason = _unusable_adapter_reason(lm_head)
+        if reason is not None:
+            return f"an adapter sits on lm_head, {reason}; take 'lm_head' out of target_modules"
     weight = getattr(lm_head, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return f"the output embedding is a {type(lm_head).__name__}, not a linear layer"
     if not weight.is_floating_point():
         return f"the weight of lm_head is quantised ({weight.dtype})"
+    return None
+
+
+def _unusable_adapter_reason(lm_head: Any) -> str | None:
+    """Why an adapted head is more than `W + s B A`, or None if it is not."""
+    lora = sys.modules.get("peft.tuners.lora.layer")  # there if such a layer is
+    if lora is None or type(lm_head) is not lora.Linear:
+        return f"a {type(lm_head).__name__} of {type(lm_head).__module__}, not plain LoRA"
+    if hasattr(lm_head.base_layer, "base_layer"):
+        return "on top of another one"
+    if lm_head.merged:
+        return "merged into its weight; unmerge it"
+    if lm_head.disable_adapters:
+        return None
+    names = _active_names(lm_head)
+    if len(names) > 1:
+        return f"and more than one is active ({', '.join(names)})"
+    for name in names:
+        if name in lm_head.lora_variant or lm_head.use_dora.get(name):
+            return "a variant of LoRA (DoRA or another one)"
+        if lm_head.lora_bias.get(name):
+            return "with a bias of its own (lora_bias)"
+        dropout = getattr(lm_head.lora_dropout[name], "p", 0.0)
+        if lm_head.training and dropout > 0:
+            return f"with lora_dropout {dropout}, which hides inputs from it but not from the head"
+    return None
+
+
+def _active_names(lm_head: Any) -> list[str]:
+    return [name for name in lm_head.active_adapters if name in lm_head.lora_A]
+
+
+def _adapter(model: PreTrainedModel) -> LoraHead | None:
+    """The adapter in force on lm_head, as whole tensors; None without one."""
+    lm_head: Any = model.get_output_embeddings()
+    if not hasattr(lm_head, "base_layer") or lm_head.disable_adapters:
+        return None
+    for name in _active_names(lm_head):
+        a, b = lm_head.lora_A[name].weight, lm_head.lora_B[name].weight
+        return LoraHead(_whole(a), _whole(b), float(lm_head.scaling[name]))
     return None
 
 
@@ -133,6 +220,7 @@ def _logit_scale(config: Any) -> float:
 def _gather(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """Weight and bias as whole tensors. Called behind the backbone: FSDP2 has gathered them."""
     lm_head: nn.Module = model.get_output_embeddings()
+    lm_head = getattr(lm_head, "base_layer", lm_head)
     weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
     return _whole(weight), None if bias is None else _whole(bias)
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,26 @@ def accelerate_model(
     return Engine(base, head, prefix_sharing, tuple(o for o in outputs if o != "log_probs"))
 
 
+class DistinctRows(NamedTuple):
+    """What a batch asks of the head: each distinct (context, target) once.
+
+    Attributes:
+        hidden: `[U, H]`.
+        targets: `[U]`.
+        places: `[M]`, the row at each scored place in row-major order; None: place i is row i.
+        seq_lens: `[B]`, how many places each sequence of the batch has.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    places: Tensor | None
+    seq_lens: Tensor
+
+
+# Scores rows in place of `Head.score`: (model, rows, outputs) to per-row results like its.
+RowScorer = Callable[[PreTrainedModel, DistinctRows, tuple[str, ...]], Any]
+
+
 class Engine(PackedBackbone):
     """The installed forward of a causal language model (attributes in `PackedBackbone`)."""
 
@@ -107,7 +128,17 @@ class Engine(PackedBackbone):
         self.head = head
         self.outputs = outputs
         self._head_outputs = tuple(name for name in outputs if name in HEAD_OUTPUTS)
+        self._row_scorer: RowScorer = self._score_rows
         super().__init__(model, prefix_sharing)
+
+    @contextmanager
+    def scored_by(self, scorer: RowScorer) -> Iterator[None]:
+        """Within, calls with `fused_lm_head=True` hand their rows to `scorer`."""
+        before, self._row_scorer = self._row_scorer, scorer
+        try:
+            yield
+        finally:
+            self._row_scorer = before
 
     def score(
         self,
@@ -125,7 +156,7 @@ class Engine(PackedBackbone):
         hidden, index, output = self.run_backbone(model, arguments, scored)
         aux_loss, aux_coefficient = _load_balancing_loss(model, arguments, output)
         mask = scored if shift_labels is not None else scored[:, :-1]
-        result = self._score_unique(model, hidden, index, targets[mask])
+        result = self._score_unique(model, hidden, index, targets[mask], mask.sum(1))
 
         def place(values: Tensor) -> Tensor:
             # `masked_scatter` keeps a batch without labels connected to the model.
@@ -148,7 +179,12 @@ class Engine(PackedBackbone):
         )
 
     def _score_unique(
-        self, model: PreTrainedModel, hidden: Tensor, index: Tensor, targets: Tensor
+        self,
+        model: PreTrainedModel,
+        hidden: Tensor,
+        index: Tensor,
+        targets: Tensor,
+        seq_lens: Tensor,
     ) -> Any:
         """Score each distinct (context, target) once: rows may share scored tokens as well."""
         vocab = model.get_output_embeddings().weight.shape[0]
@@ -159,15 +195,23 @@ class Engine(PackedBackbone):
             )
         keys, inverse = torch.unique(index * vocab + targets, return_inverse=True)
         if keys.numel() == targets.numel():
-            return self.head.score(model, hidden[index], targets, self._head_outputs)
-        rows = hidden[torch.div(keys, vocab, rounding_mode="floor")]
-        result = self.head.score(model, rows, keys % vocab, self._head_outputs)
+            rows = DistinctRows(hidden[index], targets, None, seq_lens)
+            return self._row_scorer(model, rows, self._head_outputs)
+        rows = DistinctRows(
+            hidden[torch.div(keys, vocab, rounding_mode="floor")], keys % vocab, inverse, seq_lens
+        )
+        result = self._row_scorer(model, rows, self._head_outputs)
         return result._replace(
             **{
                 name: None if values is None else values[inverse]
                 for name, values in result._asdict().items()
             }
         )
+
+    def _score_rows(
+        self, model: PreTrainedModel, rows: DistinctRows, outputs: tuple[str, ...]
+    ) -> Any:
+        return self.head.score(model, rows.hidden, rows.targets, outputs)
 
     def train_loss(
         self,
@@ -299,4 +343,4 @@ def _load_balancing_loss(
     return loss, float(getattr(config, "router_aux_loss_coef", 0.0))
 
 
-__all__ = ["Engine", "FastpostWarning", "accelerate_model"]
+__all__ = ["DistinctRows", "Engine", "FastpostWarning", "accelerate_model"]

@@ -1,70 +1,109 @@
-"""`python -m bench.ops [--threads N] [--clock cpu]`: a table, and bench/results/ops.json.
+"""`python -m bench.ops [head|preference|attention|layers|all]`: our ops, their peers, their floors.
 
-Rounds go through all contenders in turn, so that a busy machine slows all of them alike. The cpu
-clock with one thread measures work instead of time and does not mind other processes.
+Prints a table and writes `bench/results/ops_<suite>.json` and, time against memory, `.png`. Every
+contender is checked against float64 before it is timed. Rounds go through all contenders in turn;
+the cpu clock with one thread measures work instead of time and does not mind other processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.environment import RESULTS, describe
-from bench.ops.bench_linear_logprob import Contender, contenders, peak_bytes, problem
+from bench.ops import (
+    bench_layers,
+    bench_linear_logprob,
+    bench_preference_logratio,
+    bench_prefix_attention,
+)
+from bench.ops.contender import Case
+from bench.ops.measuring import CLOCKS, choose_clock, measure
+from bench.ops.pareto import plot
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-def measure(rows: list[Contender], rounds: int, clock: str) -> list[dict[str, Any]]:
-    """Median milliseconds, their ratio to the bare GEMMs, and peak bytes of every contender."""
-    times: dict[int, list[float]] = {i: [] for i in range(len(rows))}
-    for _ in range(rounds + 1):
-        for i, contender in enumerate(rows):
-            start = CLOCKS[clock]()
-            contender.run()
-            times[i].append(1e3 * (CLOCKS[clock]() - start))
-    medians = [statistics.median(taken[1:]) for taken in times.values()]  # the first warms up
-    floors = {c.op: m for c, m in zip(rows, medians, strict=True) if "bare" in c.name}
-    return [
-        {
-            "op": contender.op,
-            "implementation": contender.name,
-            "median_ms": round(median, 2),
-            "over_bare_gemms": round(median / floors[contender.op], 3),
-            "peak_extra_mb": round(peak_bytes(contender.run) / 1e6, 1),
-        }
-        for contender, median in zip(rows, medians, strict=True)
-    ]
+SUITES = ("head", "preference", "attention", "layers")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    data = problem(width=options.width)
-    table = measure(contenders(data), options.rounds, options.clock)
-    for row in table:
-        op, name, *numbers = (str(value) for value in row.values())
-        print(f"{op:<14}{name:<30}", *(f"{number:>9}" for number in numbers))
+def cases(suite: str, options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    """One after the other: the tensors of a case are gone before the next ones come."""
+    if suite == "attention":
+        for name in bench_prefix_attention.WORKLOADS:
+            yield bench_prefix_attention.case(name, device)
+        return
+    for width in options.widths:
+        if suite == "head":
+            yield from bench_linear_logprob.cases(width, device, options.rows, options.vocab)
+        elif suite == "preference":
+            rows = options.rows // 2  # of each side
+            yield from bench_preference_logratio.cases(width, device, rows, options.vocab)
+        else:
+            yield from bench_layers.cases(width, device)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    numbers = (
+        f"{row['error']:.1e}/{row['error_limit']:.1e}" if "error" in row else "",
+        f"{row['median_ms']:.2f}" if "median_ms" in row else row["status"],
+        f"{row['over_floor']:.3f}" if "over_floor" in row else "",
+        f"{row['peak_extra_mb']:.1f}" if "peak_extra_mb" in row else "",
+        f"{row['gflop']:.2f}" if "gflop" in row else "",
+    )
+    print(f"  {row['implementation']:<30}", *(f"{number:>16}" for number in numbers), flush=True)
+
+
+def run(suite: str, options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    name, clock = choose_clock(options.clock, device)
+    rows: list[dict[str, Any]] = []
+    for case in cases(suite, options, device):
+        print(f"{case.op}, {case.shape}")
+        columns = ("error/limit", "ms", "over floor", "peak MB", "GFLOP")
+        print(f"  {'':<30}", *(f"{column:>16}" for column in columns))
+        found = measure(case, clock, options.rounds, device)
+        for row in found:
+            print_row(row)
+        rows += found
     result = describe("bench.ops") | {
-        "shape": {"rows": len(data.hidden), "width": options.width, "vocab": len(data.weight)},
+        "suite": suite,
         "dtype": "bfloat16",
-        "clock": options.clock,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "clock": name,
         "threads": options.threads,
         "rounds": options.rounds,
-        "results": table,
+        "results": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "ops.json").write_text(json.dumps(result, indent=1) + "\n")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"ops_{suite}.json").write_text(json.dumps(result, indent=1) + "\n")
+    machine = f"{options.threads} threads, {name} clock" if device.type == "cpu" else str(device)
+    plot(rows, options.output / f"ops_{suite}.png", f"{suite}, bfloat16, {machine}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ops",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suite", nargs="?", choices=(*SUITES, "all"), default="all")
+    parser.add_argument("--widths", type=int, nargs="+", default=[576], help="of head and layers")
+    parser.add_argument("--rows", type=int, default=bench_linear_logprob.ROWS, help="of the head")
+    parser.add_argument("--vocab", type=int, default=bench_linear_logprob.VOCAB)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=CLOCKS, help="default: events on GPUs, else wall")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    torch.set_num_threads(options.threads)
+    for suite in SUITES if options.suite == "all" else (options.suite,):
+        run(suite, options)
 
 
 if __name__ == "__main__":

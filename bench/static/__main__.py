@@ -16,6 +16,7 @@ from typing import Any
 from bench.environment import RESULTS, describe
 from bench.registry import KERNELS, Case, Kernel
 from bench.static.compilation import Launch, compile_launches, compiler_cache
+from bench.static.index_width import prove_offsets
 from bench.static.machine_code import assembler_versions, read_machine_code
 from bench.static.processors import (
     H100_BANDWIDTH,
@@ -26,9 +27,11 @@ from bench.static.processors import (
 )
 
 TENSOR_GROUPS = ("mma.sync", "wgmma", "tcgen05", "mfma")
+MIX = ("fp32", "special function", "global load", "shared memory")
 COLUMNS = (
     "kernel                                     case                                        regs "
-    "spill  shared warps blocks/SM limit          tensor          16 B loads B/item  predicted"
+    "spill  shared warps blocks/SM occupancy, limit  tensor cores      TMA 16 B loads    GFLOP"
+    "      MB predicted  % fp32/exp/load/shared"
 )
 
 
@@ -77,7 +80,6 @@ def describe_launch(kernel: Kernel, launch: Launch, processor: Processor) -> dic
         "occupancy": round(fits.share, 4),
         "occupancy_limit": fits.limit,
         "tensor_cores": {g: n for g, n in code.instructions.items() if g in TENSOR_GROUPS},
-        "has_64_bit_offsets": "arith.extsi" in launch.compiled.asm["ttir"],
         "wide_load_share": round(code.wide_load_share, 3),
         "load_widths": code.load_widths,
         "store_widths": code.store_widths,
@@ -86,6 +88,9 @@ def describe_launch(kernel: Kernel, launch: Launch, processor: Processor) -> dic
         "bytes": cost.bytes,
         "items": cost.items,
     }
+    if kernel.package == "fastpost":
+        offsets = prove_offsets(launch.compiled.asm["ttir"], kernel.limits)
+        row["offsets"] = offsets._asdict() | {"limits": dict(kernel.limits)}
     if processor.name == "sm_90":
         microseconds, bound = predict(cost.flops, cost.bytes)
         row["h100_prediction"] = {"microseconds": round(microseconds, 1), "bound": bound}
@@ -97,13 +102,17 @@ def line(row: dict[str, Any]) -> str:
     head = f"{row['package'] + ' ' + row['kernel'].strip('_'):<43.43}{row['shape']:<44.44}"
     if "failed" in row:
         return f"{head}{row['failed'][:110]}"
+    counts = row["instructions"]
     tensor = " ".join(f"{n} {group}" for group, n in row["tensor_cores"].items()) or "-"
+    limit = f"{row['occupancy']:.0%} {row['occupancy_limit']}"
     predicted = row.get("h100_prediction")
-    time = f"{predicted['microseconds']:>8.1f} us" if predicted else ""
+    time = f"{predicted['microseconds']:.1f} us" if predicted else ""
+    mix = "/".join(f"{counts.get(g, 0) / sum(counts.values()):.0%}".rstrip("%") for g in MIX)
     return (
         f"{head}{row['registers']:>4}{row['spilled_bytes']:>6}{row['shared_bytes']:>8}"
-        f"{row['warps']:>6}{row['blocks_per_sm']:>10} {row['occupancy_limit']:<15}{tensor:<18}"
-        f"{row['wide_load_share']:>10.0%}{row['bytes'] / row['items']:>7.3g}{time:>11}"
+        f"{row['warps']:>6}{row['blocks_per_sm']:>10} {limit:<18}{tensor:<16}"
+        f"{counts.get('tma', 0):>5}{row['wide_load_share']:>11.0%}{row['flops'] / 1e9:>9.4g}"
+        f"{row['bytes'] / 1e6:>8.4g}{time:>10}  {mix}"
     )
 
 

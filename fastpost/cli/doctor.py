@@ -15,7 +15,7 @@ Says in plain words what this machine offers for training and what is missing.
   --gpu   checks every kernel on the GPU against a float64 reference instead
   --json  prints JSON
 
-Exit code 1 if something stops training or a kernel is wrong."""
+Exit code 1 if something stops training, or a kernel is wrong or could not be checked on a GPU."""
 
 
 def main(argv: list[str]) -> int:
@@ -44,10 +44,17 @@ def _environment(as_json: bool) -> int:
 def _kernels(as_json: bool) -> int:
     import torch  # heavy
 
+    from fastpost.doctor.environment import interpreter  # heavy
+
+    message = None
     if not torch.cuda.is_available():
         message = "There is no GPU that torch can use, so no kernel was checked."
-        print(json.dumps({"message": message, "checks": []}) if as_json else message)
-        return 0
+    elif found := interpreter():
+        message = f"No kernel was checked: {found[0].text}. Fix: {found[0].fix}"
+    if message is not None:
+        shown = textwrap.fill(message, 100)
+        print(json.dumps({"message": message, "checks": []}) if as_json else shown)
+        return int(torch.cuda.is_available())
     from fastpost.doctor.kernel_checks import run_checks  # heavy
 
     results = []

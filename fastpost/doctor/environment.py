@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from fastpost.cache_folder import cache_root
 from fastpost.rewards.sandbox import Sandbox, SandboxUnavailable
 
-__all__ = ["Finding", "environment"]
+__all__ = ["Finding", "environment", "interpreter"]
 
 OPTIONAL = {
     "bitsandbytes": ("bnb", "4-bit weights and 8-bit optimisers"),
@@ -24,7 +24,7 @@ OPTIONAL = {
     "liger-kernel": ("cuda", "Liger's kernels"),
     "vllm": ("vllm", "rollouts with vLLM"),
 }
-SIMD = ("portable", "AVX2", "AVX-512")
+SIMD = ("portable code", "AVX2", "AVX-512", "AMX for bf16 attention, else AVX-512")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def environment() -> list[Finding]:
     """Every finding, in the order they are shown."""
     found = [Finding("python", "ok", platform.python_version()), *_packages()]
     if not any(f.subject == "torch" and f.status == "problem" for f in found):
-        found += [*_gpus(), _extension()]
+        found += [*_gpus(), *interpreter(), *_tuned(), _extension()]
     return [*found, _sandbox(), _cache()]
 
 
@@ -87,14 +87,45 @@ def _gpus() -> list[Finding]:
     return found
 
 
+def interpreter() -> list[Finding]:
+    """One finding if Triton would interpret its kernels on the CPU instead of compiling them."""
+    device = importlib.import_module("fastpost_kernels._device")
+    if not device.triton_is_interpreted():
+        return []
+    text = "TRITON_INTERPRET is set: kernels run in Triton's interpreter on the CPU, never on a GPU"
+    return [Finding("triton", "note", text, "unset TRITON_INTERPRET, then start again")]
+
+
+def _tuned() -> list[Finding]:
+    """Where each kind of GPU has its measured choices, and whether they are in use."""
+    import torch  # may be missing, which is a finding of its own
+
+    choices = importlib.import_module("fastpost_kernels._choices")
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    found = []
+    for name in dict.fromkeys(filter(None, map(choices.device_name, devices))):
+        stored, fix = choices.read(name), "fastpost tune"
+        count = sum(len(by_shape) for by_shape in stored.table.values())
+        if stored.problem is not None:
+            text = f"defaults on {name}: {stored.path} {stored.problem}"
+            found.append(Finding("tuned", "note", text, fix))
+        elif not stored.path.exists():
+            text = f"defaults on {name}: nothing was measured on it"
+            found.append(Finding("tuned", "note", text, fix))
+        else:
+            text = f"{count} measured choices on {name}, from {stored.path}"
+            found.append(Finding("tuned", "ok", text))
+    return found
+
+
 def _extension() -> Finding:
     csrc = importlib.import_module("fastpost_kernels._csrc")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        library = csrc.library()
-    if library is None:
-        fix = "install from source with a C++ compiler"
-        return Finding("C++ passes", "note", "not built: CPU training is slower", fix)
+        library, problem = csrc.library(), csrc.library_problem()
+    if problem is not None:
+        reason, fix = problem
+        return Finding("C++ passes", "note", f"{reason}; CPU training is slower", fix)
     return Finding("C++ passes", "ok", f"built, uses {SIMD[library.fastpost_simd()]}")
 
 

@@ -20,10 +20,10 @@ VALUE_HEAD, VALUE_MODEL = "value_head", "value_model"
 
 
 class ValueHead(nn.Linear):
-    """V(s_t) = w · h_t + b, zero at the beginning; at least fp32, also under autocast.
+    """V(s_t) = w · h_t + b, w = 0 at the beginning; at least fp32, also under autocast.
 
-    With V = 0 the first returns are plain rewards to go, and the head's first gradients do not
-    disturb the trunk. Values of 16 bits would be 0.4 % apart.
+    With w = 0 the head's first gradients do not disturb the trunk; `Critic.start_at` gives b.
+    Values of 16 bits would be 0.4 % apart.
     """
 
     def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -64,6 +64,22 @@ class Critic:
             _refuse_unfit(policy, value_model)
             self.module = value_model
         setattr(policy, self._name, self.module)
+
+    def start_at(self, level: float) -> float:
+        """Let an untrained value head begin at the mean return.
+
+        Scores of a reward model mean something up to a constant only. From 0 the head would walk
+        there in steps of the learning rate, and on its way add its error to every advantage, most
+        to those of the last tokens, where λ < 1 discounts it least: replies grow longer or shorter
+        with the sign of the constant.
+
+        Returns:
+            By how much all values rise: 0 for a head that was trained, and for a value model.
+        """
+        if self.model_is_separate or any(bool(p.any()) for p in self.module.parameters()):
+            return 0.0
+        nn.init.constant_(self.module.bias, level)  # type: ignore[arg-type]
+        return level
 
     @contextmanager
     def taken_off(self) -> Iterator[None]:

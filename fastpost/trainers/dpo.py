@@ -4,7 +4,9 @@
 
 A drop-in for `trl.DPOTrainer`: same constructor, same configuration fields (every `loss_type`),
 same metrics, same parameters after the same steps. Beneath it the two answers of a pair share
-their prompt, padding is never computed, and only answer tokens reach the head. Data, one row:
+their prompt, padding is never computed, only answer tokens reach the head, and the log-probs of
+policy and reference come from one call of the kernel (`fastpost.preference_scoring`). Data, one
+row:
 
     {"prompt": [{"role": "user", "content": "2 + 2?"}],
      "chosen": [{"role": "assistant", "content": "4"}],
@@ -20,6 +22,8 @@ at the beginning.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from warnings import warn
@@ -32,6 +36,7 @@ from trl.trainer import dpo_trainer as trl_dpo
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.reference import refuse_shared_reference
+from fastpost.preference_scoring import KeptRows, PairScorer
 from fastpost.reference_cache import ScoredRow, unpadded_row
 from fastpost.references import (
     ReferenceConfig,
@@ -40,7 +45,7 @@ from fastpost.references import (
     frozen_reference,
     has_adapter,
 )
-from fastpost.scoring import FastpostWarning
+from fastpost.scoring import Engine, FastpostWarning
 from fastpost.trainers.cached_reference import (
     CachedReference,
     collated,
@@ -65,6 +70,8 @@ class DPOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.DPOTrainer)
     """`trl.DPOTrainer` on the packed, prefix-shared, logit-free forward.
 
     Overrides `_precompute_ref_logps`: log-probs computed beforehand come from the cache on disk.
+    Overrides `_compute_loss`: the reference runs before the policy, and reaches TRL's loss as sums
+    in the batch, which is where TRL looks for sums that were computed beforehand.
 
     Attributes:
         first_step: what the first step said about policy and reference, None before it.
@@ -73,6 +80,8 @@ class DPOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.DPOTrainer)
         ValueError: the reference shares weights with the policy, or is not what `reference` asks
             for; the data set lacks columns or is empty.
     """
+
+    precompute_ref_logps: bool
 
     def __init__(
         self,
@@ -114,25 +123,53 @@ class DPOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.DPOTrainer)
             dataset, {"ref_chosen_logps": logps[0::2], "ref_rejected_logps": logps[1::2]}
         )
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        assert isinstance(self.engine, Engine)
+        pairs = PairScorer(self.engine.head, self._reference_of(inputs), self.ld_alpha)
+        batch = dict(inputs)
+
+        def score(*args: Any) -> Any:
+            found = pairs(*args)
+            sums = pairs.scores.ref_logps.chunk(2)
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = sums
+            return found
+
+        with self.engine.scored_by(score), self._reference_in_batch():
+            result = super()._compute_loss(model, batch, return_outputs)
         if self.first_step is None and self.model.training:
-            self.first_step = self._check_first_step(result[0] if return_outputs else result)
+            loss = result[0] if return_outputs else result
+            self.first_step = self._check_first_step(loss, pairs.scores.logratios)
             logger.warning("DPO first step: %s", self.first_step)
         return result
 
-    def _check_first_step(self, loss: Tensor) -> str:
+    def _reference_of(self, inputs: dict[str, Any]) -> Any:
+        """The reference's side of a batch `[2P, T]`: sums `[2P]`, or rows for the policy's head."""
+        if self.precompute_ref_logps:
+            return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        assert isinstance(self.engine, Engine)
+        kept = KeptRows(self.engine.head)
+        # Under FSDP a head is whole only within its own forward.
+        waits = self.ref_model is None and not self.is_fsdp_enabled
+        with self.engine.scored_by(kept) if waits else nullcontext():
+            sums = self.compute_ref_log_probs(
+                self.model if self.ref_model is None else self.ref_model, inputs
+            )
+        return kept.rows if waits else torch.cat(sums)
+
+    @contextmanager
+    def _reference_in_batch(self) -> Iterator[None]:
+        """TRL's loss reads the reference's sums from the batch."""
+        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = before
+
+    def _check_first_step(self, loss: Tensor, logratios: Tensor) -> str:
         """Before any update, a reference equal to the policy gives zero rewards: loss = log 2."""
         if self.state.global_step > 0:
             return "resumed, reference and policy have parted already"
-        metrics = self._metrics["train"]
-        rewards = [metrics[f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
+        rewards = [self.beta * side.mean().item() for side in logratios.chunk(2)]
         largest = max(abs(reward) for reward in rewards)
         found = f"mean rewards {rewards[0]:.2e} and {rewards[1]:.2e}, loss {loss.item():.6f}"
         if largest <= _FIRST_STEP_TOLERANCE:

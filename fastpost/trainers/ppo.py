@@ -63,7 +63,8 @@ class PPOTrainer(PPORollouts, ReferenceGuard, EngineTrainer, Trainer):
         processing_class: the tokenizer; None takes the one in the model's folder.
         ref_model: the reference, or its path. None: the policy as it is now, or without adapter.
         value_model: a sequence or token classifier of one label that gives the values. None: a
-            linear head, zero at the beginning, on the policy's hidden states.
+            linear head on the policy's hidden states, which begins at the first rollout's mean
+            return.
         peft_config: an adapter to put on the model.
         callbacks: of `transformers.Trainer`.
         optimizers: optimizer and scheduler of `transformers.Trainer`.

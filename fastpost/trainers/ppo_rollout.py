@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from warnings import warn
 
@@ -22,6 +23,7 @@ from fastpost.losses import kl_k1
 from fastpost.losses.sequence import scored, seq_sum, token_mean
 from fastpost.ppo import policy as policies
 from fastpost.ppo.completions import Batch, TokenScores, lay_out, token_scores_in_chunks
+from fastpost.ppo.critic import Critic
 from fastpost.ppo.experience import NUM_TOKENS, MinibatchOrder, experience, explained_variance
 from fastpost.ppo.kl_control import KLController
 from fastpost.ppo.reward_scores import RewardScores
@@ -52,6 +54,7 @@ class PPORollouts:
     model_wrapped: Any
     ref_model: Any
     processing_class: Any
+    critic: Critic
     state: Any
     _rewards: RewardScores
     _value_model: Any
@@ -112,18 +115,23 @@ class PPORollouts:
         if args.kl_coef > 0:
             kl = scored(kl_k1(old.logps, self._reference_scores(batch).logps), mask)
         self._measure_mismatch(samples, batch, old)
-        stored = experience(
+        learn = partial(
+            experience,
             self.accelerator,
             batch,
             old.logps,
-            old.values,  # type: ignore[arg-type]
-            scores,
-            kl,
+            scores=scores,
+            kl=kl,
             kl_coef=self.kl_controller.coefficient,
             gamma=args.gamma,
-            lam=args.lam,
             whiten_rewards=args.whiten_rewards,
         )
+        values: Tensor = old.values  # type: ignore[assignment]
+        if self.state.global_step == 0 and self._step == 0:
+            # λ = 1: returns that do not depend on the values
+            returns = learn(old_values=values, lam=1.0)["returns"]
+            values = values + scored(self._start_critic(returns, mask), mask)
+        stored = learn(old_values=values, lam=args.lam)
         rollout = self._step // self._minibatches.forwards
         stored[NUM_TOKENS] = self._minibatches.count_tokens(self.accelerator, rollout, mask)
         found = {
@@ -140,6 +148,12 @@ class PPORollouts:
         self.kl_controller.update(measured, mask.shape[0] * self.accelerator.num_processes)
         self.model.train()
         return stored
+
+    def _start_critic(self, returns: Tensor, mask: Tensor) -> Tensor:
+        """`[B, C]`: by how much values rise, as the critic starts at the mean over all ranks."""
+        sums = torch.stack([scored(returns, mask).sum(), mask.sum().to(returns.dtype)])
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        return torch.full_like(returns, self.critic.start_at(total / max(count, 1)))
 
     def _sample_and_score(
         self, rows: list[dict[str, Any]], num_generations: int, mode: str

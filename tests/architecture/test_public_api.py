@@ -38,16 +38,22 @@ def test_fastpost() -> None:
 
 def test_fastpost_kernels() -> None:
     assert sorted(fastpost_kernels.__all__) == [
+        "HeadRows",
         "LinearCrossEntropy",
         "LinearLogprob",
+        "LoraHead",
+        "PreferenceLogratio",
+        "VocabParallelLogprob",
         "layers",
         "linear",
         "linear_cross_entropy",
         "linear_logprob",
+        "preference_logratio",
         "prefix_attention",
         "reference",
         "rms_norm",
         "swiglu",
+        "vocab_parallel_logprob",
         "workspace_bytes",
     ]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpost.doctor import kernel_checks
+from fastpost.doctor import attention_checks, layer_checks
 from fastpost.doctor.guarded_memory import BAND, GuardedMemory
+from fastpost.doctor.kernel_check import carry_out
 from fastpost.doctor.kernel_checks import CheckResult, Sizes, run_checks
 
 host = importlib.import_module("fastpost_kernels._prefix_triton")
@@ -18,7 +19,7 @@ host = importlib.import_module("fastpost_kernels._prefix_triton")
 TINY = Sizes(
     rows=13,
     width=32,
-    vocab=521,
+    vocab=263,
     memory_budget=1 << 14,
     head_sizes=(16,),
     heads=(2, 1),
@@ -33,38 +34,42 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "choose_tiles", lambda *_: tiles)
 
 
-@pytest.fixture
-def only_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_checks, "DTYPES", (torch.float32,))
+def attention_results() -> list[CheckResult]:
+    checks = attention_checks.attention_checks(torch.float32, TINY, "triton")
+    return [carry_out(check, torch.device("cpu")) for check in checks]
 
 
-def attention_checks() -> list[CheckResult]:
-    checks = run_checks("cpu", TINY, backend="triton")
-    return [check for check in checks if check.op == "prefix_attention"]
+def layer_results() -> list[CheckResult]:
+    checks = layer_checks.layer_checks(torch.float32, TINY)
+    return [carry_out(check, torch.device("cpu")) for check in checks]
 
 
 def test_sound_kernels_pass() -> None:
     results = list(run_checks("cpu", TINY, backend="triton"))
     assert [r for r in results if not r.ok] == []
-    assert len(results) == len({(r.op, r.form, r.dtype, r.shape) for r in results}) == 2 * 10
+    assert len(results) == len({(r.op, r.form, r.dtype, r.shape) for r in results}) == 2 * 16
     assert {r.op for r in results} == {
         "linear_logprob",
         "linear_cross_entropy",
         "prefix_attention",
+        "rms_norm",
+        "swiglu",
+        "linear",
+        "lora_linear",
+        "dora_linear",
     }
     assert all(r.worst and 0 < r.error <= r.tolerance < 0.5 for r in results)
 
 
 def sabotage(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
-    sound = kernel_checks.prefix_attention
+    sound = attention_checks.prefix_attention
 
     def broken(**given: Any) -> Tensor:
         return spoil(sound(**given), given)
 
-    monkeypatch.setattr(kernel_checks, "prefix_attention", broken)
+    monkeypatch.setattr(attention_checks, "prefix_attention", broken)
 
 
-@pytest.mark.usefixtures("only_fp32")
 @pytest.mark.parametrize(
     ("spoil", "fault"),
     [
@@ -78,7 +83,7 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
 )
 def test_a_broken_kernel_fails(monkeypatch: pytest.MonkeyPatch, spoil: Any, fault: str) -> None:
     sabotage(monkeypatch, spoil)
-    results = attention_checks()
+    results = attention_results()
     assert results and not any(r.ok for r in results)
     assert all(fault in str(r.fault) for r in results)
 
@@ -94,7 +99,15 @@ def spoil_band(out: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.usefixtures("only_fp32")
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "linear"])
+def test_a_broken_layer_fails(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = getattr(layer_checks, op)
+    monkeypatch.setattr(layer_checks, op, lambda *args, **given: 1.0001 * sound(*args, **given))
+    results = {r.op: r for r in layer_results()}
+    assert "further from the reference" in str(results.pop(op).fault)
+    assert all(r.ok for r in results.values())
+
+
 def test_a_kernel_that_leaves_a_block_unwritten_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = host._query_table
 
@@ -103,11 +116,10 @@ def test_a_kernel_that_leaves_a_block_unwritten_fails(monkeypatch: pytest.Monkey
         return blocks[:-1], ranges
 
     monkeypatch.setattr(host, "_query_table", without_last_block)
-    results = attention_checks()
+    results = attention_results()
     assert results and all("NaN" in str(r.fault) for r in results)
 
 
-@pytest.mark.usefixtures("only_fp32")
 def test_buffers_made_inside_ops_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward: what the launchers allocate starts as NaN, between bands."""
     fresh, made = host._empty_like, []
@@ -119,7 +131,7 @@ def test_buffers_made_inside_ops_are_guarded(monkeypatch: pytest.MonkeyPatch) ->
         return made[-1]
 
     monkeypatch.setattr(host, "_empty_like", seen)
-    assert all(r.ok for r in attention_checks())
+    assert all(r.ok for r in attention_results())
     assert len(made) == 2 * 4  # out, dQ, dK and dV of both forms
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpost_kernels import (
+    LoraHead,
     _kept_buffer,
     linear_cross_entropy,
     linear_logprob,
@@ -29,32 +30,49 @@ OPS = {
 BACKENDS = ("torch", "cpp", "triton")
 
 
-def logprob_loss(h: Tensor, w: Tensor, t: Tensor, b: Tensor, **options: Any) -> Tensor:
-    return linear_logprob(h, w, t, b, **options).logprob.sum()
+def logprob_loss(
+    h: Tensor, w: Tensor, t: Tensor, b: Tensor, lora: LoraHead | None, **options: Any
+) -> Tensor:
+    return linear_logprob(h, w, t, b, lora=lora, **options).logprob.sum()
 
 
-def entropy_loss(h: Tensor, w: Tensor, t: Tensor, b: Tensor, **options: Any) -> Tensor:
-    found = linear_logprob(h, w, t, b, outputs=("entropy", "logsumexp"), **options)
+def entropy_loss(
+    h: Tensor, w: Tensor, t: Tensor, b: Tensor, lora: LoraHead | None, **options: Any
+) -> Tensor:
+    found = linear_logprob(h, w, t, b, lora=lora, outputs=("entropy", "logsumexp"), **options)
     assert found.entropy is not None and found.logsumexp is not None
     return found.entropy.sum() + found.logsumexp.sum()
 
 
-def cross_entropy(h: Tensor, w: Tensor, t: Tensor, b: Tensor, **options: Any) -> Tensor:
-    return linear_cross_entropy(h, w, t, b, **options).loss
+def cross_entropy(
+    h: Tensor, w: Tensor, t: Tensor, b: Tensor, lora: LoraHead | None, **options: Any
+) -> Tensor:
+    return linear_cross_entropy(h, w, t, b, lora=lora, **options).loss
 
 
 LOSSES = (logprob_loss, entropy_loss, cross_entropy)
 
 
+# What has gradients beside hidden; both of the last two put an adapter on the head.
+MODES = ("frozen", "trained", "adapter", "frozen-adapter")
+
+
 def tensors(
-    rows: int, width: int, vocab: int, dtype: torch.dtype, trained: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, targets, bias; the bias is trained with the weight."""
+    rows: int, width: int, vocab: int, dtype: torch.dtype, mode: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, LoraHead | None]:
+    """hidden, weight, targets, bias, adapter; the bias is trained with the weight."""
+    trained, lora = mode == "trained", None
+    if "adapter" in mode:
+        a, b = torch.randn(4, width).to(dtype), torch.randn(vocab, 4).to(dtype)
+        lora = LoraHead(
+            a.requires_grad_(mode == "adapter"), b.requires_grad_(mode == "adapter"), 0.5
+        )
     return (
         torch.randn(rows, width).to(dtype).requires_grad_(),
         torch.randn(vocab, width).to(dtype).requires_grad_(trained),
         torch.randint(0, vocab, (rows,)),
         torch.randn(vocab).to(dtype).requires_grad_(trained),
+        lora,
     )
 
 
@@ -101,11 +119,11 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_opcheck(loss: Callable[..., Tensor], trained: bool) -> None:
+def test_opcheck(loss: Callable[..., Tensor], mode: str) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch of every op that runs."""
-    args = tensors(6, 8, 70, torch.float32, trained)
+    args = tensors(6, 8, 70, torch.float32, mode)
     with Recorder() as recorder:
         loss(*args).backward()
     assert recorder.calls
@@ -115,11 +133,11 @@ def test_opcheck(loss: Callable[..., Tensor], trained: bool) -> None:
         torch.library.opcheck(func, call)
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_compiles_as_one_graph(loss: Callable[..., Tensor], trained: bool) -> None:
-    args = tensors(6, 8, 70, torch.float32, trained)
-    leaves = [x for x in args if x.requires_grad]
+def test_compiles_as_one_graph(loss: Callable[..., Tensor], mode: str) -> None:
+    args = tensors(6, 8, 70, torch.float32, mode)
+    leaves = [x for x in tree_iter(args) if isinstance(x, Tensor) and x.requires_grad]
     eager = torch.autograd.grad(loss(*args), leaves)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for got, expected in zip(torch.autograd.grad(compiled(*args), leaves), eager, strict=True):
@@ -134,18 +152,18 @@ def test_fake_tensors_flow_through(loss: Callable[..., Tensor]) -> None:
         weight = torch.empty(151_936, 4096, dtype=torch.bfloat16, requires_grad=True)
         bias = torch.empty(151_936, dtype=torch.bfloat16)
         targets = torch.empty(8192, dtype=torch.int64)
-        loss(hidden, weight, targets, bias).backward()
+        loss(hidden, weight, targets, bias, None).backward()
     assert hidden.grad is not None and hidden.grad.shape == hidden.shape
     assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_flop_formulas_count_what_runs(
-    loss: Callable[..., Tensor], trained: bool, backend: str
+    loss: Callable[..., Tensor], mode: str, backend: str
 ) -> None:
-    args = tensors(6, 8, 1100, torch.float32, trained)
+    args = tensors(6, 8, 1100, torch.float32, mode)
     with Recorder() as recorder:
         loss(*args, backend=backend, memory_budget=9000).backward()
     for func, call in recorder.calls:
@@ -157,42 +175,61 @@ def test_flop_formulas_count_what_runs(
 
 
 @pytest.mark.parametrize(
-    ("loss", "trained", "gemms"),
+    ("loss", "mode", "gemms"),
     [
-        (logprob_loss, False, 2),
-        (logprob_loss, True, 4),
-        (entropy_loss, False, 4),
-        (cross_entropy, False, 2),
-        (cross_entropy, True, 3),
+        (logprob_loss, "frozen", 2),
+        (logprob_loss, "trained", 4),
+        (entropy_loss, "frozen", 4),
+        (cross_entropy, "frozen", 2),
+        (cross_entropy, "trained", 3),
     ],
 )
 def test_strategies_cost_as_many_gemms_as_stated(
-    loss: Callable[..., Tensor], trained: bool, gemms: int
+    loss: Callable[..., Tensor], mode: str, gemms: int
 ) -> None:
-    args = tensors(6, 8, 1100, torch.float32, trained)
+    args = tensors(6, 8, 1100, torch.float32, mode)
     with FlopCounterMode(display=False) as counter:
         loss(*args).backward()
     assert counter.get_total_flops() == gemms * 2 * 6 * 8 * 1100
 
 
+@pytest.mark.parametrize(
+    ("loss", "mode", "gemms", "thin"),
+    [
+        (logprob_loss, "frozen-adapter", 2, 2 * (1100 + 8)),
+        # logits twice; G B for d hidden and d A; G^T u
+        (logprob_loss, "adapter", 3, 2 * (1100 + 8) + (1100 + 2 * 8) + 1100),
+        (cross_entropy, "adapter", 2, (1100 + 8) + (1100 + 2 * 8) + 1100),
+    ],
+)
+def test_an_adapter_costs_thin_gemms_and_no_weight_gradient(
+    loss: Callable[..., Tensor], mode: str, gemms: int, thin: int
+) -> None:
+    args = tensors(6, 8, 1100, torch.float32, mode)
+    with FlopCounterMode(display=False) as counter:
+        loss(*args).backward()
+    rank = args[4].a.shape[0]
+    assert counter.get_total_flops() == 2 * 6 * (gemms * 8 * 1100 + rank * thin)
+
+
 @pytest.mark.parametrize("backend", ("torch", "cpp"))
 @pytest.mark.parametrize("budget", [1 << 19, 64 << 20], ids=["0.5MiB", "64MiB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_workspace_formulas_bound_the_peak(
     loss: Callable[..., Tensor],
-    trained: bool,
+    mode: str,
     dtype: torch.dtype,
     budget: int,
     backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Measured peak beyond results <= formula, and the formula is no empty promise."""
-    hidden, weight, targets, bias = tensors(256, 48, 4200, dtype, trained)
-    targets[::7] = -100
+    args = tensors(256, 48, 4200, dtype, mode)
+    args[2][::7] = -100
     with Recorder() as recorder:
-        loss(hidden, weight, targets, bias, backend=backend, memory_budget=budget).backward()
+        loss(*args, backend=backend, memory_budget=budget).backward()
     monkeypatch.setattr(_kept_buffer, "_KEPT", {})  # allocated in the measured call, then kept
     for func, call in recorder.calls:
         with torch.no_grad(), LiveBytes(call) as live:
@@ -221,7 +258,7 @@ def test_workspace_does_not_grow_with_rows_times_vocabulary() -> None:
 
 def test_second_backward_and_private_statistics() -> None:
     """The graph can be used twice, and results may be overwritten before the backward."""
-    hidden, weight, targets, bias = tensors(6, 8, 70, torch.float32, True)
+    hidden, weight, targets, bias, _ = tensors(6, 8, 70, torch.float32, "trained")
     found = linear_logprob(hidden, weight, targets, bias, outputs=("entropy", "logsumexp"))
     assert found.entropy is not None and found.logsumexp is not None
     loss = found.logprob.sum() + found.entropy.sum()
@@ -236,7 +273,7 @@ def test_second_backward_and_private_statistics() -> None:
 
 def test_unneeded_gradients_are_not_computed() -> None:
     """Unused outputs reach the backward as None; unneeded inputs get no GEMM."""
-    hidden, weight, targets, bias = tensors(6, 8, 70, torch.float32, True)
+    hidden, weight, targets, bias, _ = tensors(6, 8, 70, torch.float32, "trained")
     hidden.requires_grad_(False)
     bias.requires_grad_(False)
     with Recorder() as recorder, FlopCounterMode(display=False) as counter:

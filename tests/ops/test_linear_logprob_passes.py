@@ -62,9 +62,11 @@ def test_fold_equals_torch_and_stays_inside(
     FOLDS[backend](kept.inner, state.inner, targets, 100, bias, transform, **flags)
     exact_tile, exact_state = tile.double(), state_of(6).double()
     passes_torch.fold(exact_tile, exact_state, targets, 100, bias.double(), transform, **flags)
-    # sums of logits of both signs cancel: an absolute error of half a unit per term
+    # Sums of logits of both signs cancel: an absolute error of half a unit per term. C++ takes a
+    # shorter exponential for 16-bit tiles, 3e-6 each and twice that squared.
+    short = dtype == BF16 and backend != "triton"
     torch.testing.assert_close(
-        state.inner.double(), exact_state, rtol=3e-6, atol=1e-5 + 1e-7 * cols
+        state.inner.double(), exact_state, rtol=8e-6 if short else 3e-6, atol=1e-5 + 1e-7 * cols
     )
     rtol = storing_error(backend, dtype)
     torch.testing.assert_close(kept.inner.double(), exact_tile, rtol=rtol, atol=1e-30)

@@ -160,8 +160,9 @@ def test_pinned_forests(forest, dtype, backend):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 40}, {"softcap": 3.0}], ids=str)
-def test_rows_long_enough_for_the_16_bit_backward(options):
-    """At 384 rows and more a CPU call's backward runs in bf16 instead of fp32."""
+def test_rows_long_enough_for_the_16_bit_backward(options, monkeypatch):
+    """At 384 rows and more the backward of PyTorch's kernel runs in bf16 instead of fp32."""
+    monkeypatch.setattr("fastpost_kernels._prefix_native._MAX_PATH_ON_TILES", 0)
     segments = segments_of([(200, [leaf(390), leaf(20)])])
     check(segments, torch.bfloat16, heads=(2, 1), **options)
 

@@ -136,3 +136,40 @@ def test_long_paths_and_plain_rows_go_elsewhere() -> None:
     assert not native.can_run_native(query, short, 100, None)
     assert not native.can_run_native(query, short, None, 5.0)
     assert not native.can_run_native(query.double(), short, None, None)
+
+
+def test_matrix_tiles_lift_the_limit_for_bf16(monkeypatch) -> None:
+    segments = torch.tensor([(0, 600, 1200), (600, 1200, 1200)])
+    schedule, query = schedule_of(segments, 1200), torch.zeros(1, 1200, 8)
+
+    def runs(dtype: torch.dtype) -> bool:
+        return native.can_run_native(query.to(dtype), schedule, None, None)
+
+    monkeypatch.setattr(native.library(), "fastpost_simd", lambda: 3)
+    assert runs(torch.bfloat16) and not runs(torch.float32)
+    monkeypatch.setattr(native, "_MAX_PATH_ON_TILES", 1199)
+    assert not runs(torch.bfloat16)
+    monkeypatch.setattr(native, "_MAX_PATH_ON_TILES", 1200)
+    monkeypatch.setattr(native, "_SIMD_LIMIT", 2)
+    assert not runs(torch.bfloat16)
+    monkeypatch.setattr(native, "_SIMD_LIMIT", -1)
+    monkeypatch.setattr(native.library(), "fastpost_simd", lambda: 2)
+    assert not runs(torch.bfloat16)
+
+
+@pytest.mark.parametrize("in_one_call", [True, False], ids=["C++", "PyTorch"])
+def test_paths_of_600_to_1600_tokens(in_one_call, monkeypatch) -> None:
+    """The C++ kernel, whatever it runs on, and PyTorch's."""
+    segments = torch.tensor(
+        [(0, 600, 1900), (600, 1200, 1600), (1200, 1600, 1600), (1600, 1900, 1900)]
+    )
+    limit = 1600 if in_one_call else 0
+    monkeypatch.setattr(native, "_MAX_PATH", limit)
+    monkeypatch.setattr(native, "_MAX_PATH_ON_TILES", limit)
+    tensors = inputs(torch.bfloat16, (2, 1), (64, 64), 1900)
+    schedule = schedule_of(segments, 1900)
+    assert native.can_run_native(tensors[0], schedule, None, None) == in_one_call
+    truth = run(reference.prefix_attention, [x.double() for x in tensors], segments)
+    actual = run(prefix_attention, tensors, segments, backend="cpu")
+    for found, expected in zip(actual, truth, strict=True):
+        assert (found.double() - expected).norm() <= 8e-3 * expected.norm()

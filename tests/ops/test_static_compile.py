@@ -1,7 +1,8 @@
 """Every Triton kernel compiled for GPUs that are not there, by `python -m bench.static`.
 
 Nothing may spill; what multiplies matrices must do so on tensor cores, what is bound by memory must
-load 128 bits at a time. A process of its own compiles: in this one Triton interprets.
+load 128 bits at a time; every offset must be proved to fit its width, up to the registry's limits.
+A process of its own compiles: in this one Triton interprets.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def assert_compiled_well(rows: Rows) -> None:
     for row in rows:
         assert row["spilled_bytes"] == 0 and "spill" not in row["instructions"], row
         assert row["blocks_per_sm"] >= 1, row
-        assert row["has_64_bit_offsets"], row
+        assert row["offsets"]["unproved"] == [] and row["offsets"]["wide"] > 0, row
         if row["is_gemm"]:
             # only the newest kind: no product fell back to an older one
             assert set(row["tensor_cores"]) == {TENSOR_CORES[row["target"]]}, row
@@ -126,7 +127,7 @@ def jit_kernels() -> set[str]:
 
 def test_the_registry_lists_every_kernel_of_ours() -> None:
     assert {kernel.source for kernel in OURS} == jit_kernels()
-    assert len(OURS) == 6
+    assert len(OURS) >= 6
 
 
 def test_peers_are_rows_of_the_registry() -> None:

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
 
 from fastpost_kernels import _vocab_passes as passes_torch
 from fastpost_kernels import _vocab_passes_triton as passes
 from fastpost_kernels._prefix_regions import Scoring
-from fastpost_kernels._vocab_passes import COEF_ROWS, LogitTransform
+from fastpost_kernels._vocab_passes import COEF_ROWS, STATE_ROWS, LogitTransform
 
 prefix_host = importlib.import_module("fastpost_kernels._prefix_triton")
 segments_module = importlib.import_module("fastpost_kernels._prefix_segments")
@@ -53,6 +54,48 @@ def test_gradient_kernel(sparse: SparseMemory) -> None:
     passes.gradient(tile, coefs, targets, 0, None, LogitTransform())
     passes_torch.gradient(exact, coefs.double(), targets, 0, None, LogitTransform())
     torch.testing.assert_close(tile.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_significant_kernel(sparse: SparseMemory) -> None:
+    tile = sparse.view((4, 40), (FAR, 1))
+    tile.copy_(torch.randn(4, 40))
+    factors = torch.tensor([0.5, 0.0, 0.3, 1.0])
+    expected = ((tile * factors[:, None]).abs() > 1).any(0)
+    assert 0 < expected.sum() < 40
+    assert torch.equal(passes.significant(tile, factors), expected)
+
+
+def test_fold_kernel(sparse: SparseMemory) -> None:
+    tile = sparse.view((4, 40), (FAR, 1))
+    tile.copy_(torch.randn(4, 40))
+    exact, targets = tile.double(), torch.tensor([0, 1, 2, 3])
+    state = torch.zeros(STATE_ROWS, 4)
+    state[5:8] = -torch.inf
+    exact_state = state.double()
+    options = {"moments": True, "top1": True, "store_exp": True}
+    passes.fold(tile, state, targets, 0, None, LogitTransform(), **options)
+    passes_torch.fold(exact, exact_state, targets, 0, None, LogitTransform(), **options)
+    torch.testing.assert_close(state.double(), exact_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tile.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_rescale_kernel(sparse: SparseMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last four rows of a sum past 2^31 elements; the programs of the others are skipped."""
+    cols = 1 << 13
+    rows = (1 << 31) // cols + 4
+    acc = sparse.view((rows, cols), (cols, 1))
+    last, first = acc[-4:], acc[:4]
+    last.copy_(torch.randn(4, cols))
+    before = last.clone()
+    factors = torch.ones(rows)
+    factors[-4:] = torch.tensor([2.0, 1.0, 0.5, 3.0])
+    at = interpreter_builder.set_grid_idx
+    monkeypatch.setattr(interpreter_builder, "set_grid_dim", lambda *_: None)
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z: at(rows - 4 + x, y, z))
+    monkeypatch.setattr(interpreter_builder, "grid_dim", (rows, 1, 1))
+    passes._linear_logprob_rescale_kernel[(4,)](acc, factors, cols, BLOCK_N=4096)
+    assert torch.equal(last, before * factors[-4:, None])
+    assert not first.any()
 
 
 @pytest.mark.parametrize("far", ["heads", "tokens"])

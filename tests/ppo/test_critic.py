@@ -29,6 +29,14 @@ def test_value_head_is_zero_and_at_least_fp32() -> None:
         torch.testing.assert_close(head(hidden).double(), expected, atol=1e-5, rtol=0)
 
 
+def test_an_untrained_head_starts_at_a_level_once() -> None:
+    model = policy()
+    critic = Critic(model, None)
+    assert critic.start_at(-3.5) == -3.5
+    assert critic.module(torch.randn(4, 32)).flatten().tolist() == [-3.5] * 4
+    assert critic.start_at(2.0) == 0.0 and float(critic.module.bias) == -3.5
+
+
 def test_the_critic_is_trained_with_the_policy_and_written_apart(tmp_path) -> None:
     model = policy()
     critic = Critic(model, None)

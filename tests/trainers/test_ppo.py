@@ -206,7 +206,12 @@ def test_sharing_changes_nothing_but_the_work(make) -> None:
 
 def test_new_adapter(make) -> None:
     """Only adapter and value head learn; dropout does not disturb the ratio."""
-    trainer = make(options={"peft_config": LORA}, num_ppo_epochs=1, gradient_checkpointing=True)
+
+    def parity(completion_ids, **_: Any) -> list[float]:
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    options = {"peft_config": LORA}
+    trainer = make(parity, options=options, num_ppo_epochs=1, gradient_checkpointing=True)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}

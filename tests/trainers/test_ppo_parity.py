@@ -62,6 +62,7 @@ def make_trainer(model, tokenizer, folder, trace=None, **options: Any) -> Any:
     trainer_options = {
         name: options.pop(name) for name in ("value_model", "ref_model") if name in options
     }
+    reward_func = options.pop("reward_func", reward)
     config = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -81,7 +82,7 @@ def make_trainer(model, tokenizer, folder, trace=None, **options: Any) -> Any:
     } | options
     trainer = fastpost.PPOTrainer(
         copy.deepcopy(model),
-        reward,
+        reward_func,
         fastpost.PPOConfig(str(folder), **config),
         prompts(),
         processing_class=tokenizer,
@@ -107,6 +108,7 @@ class PlainPPO:
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
         self.beta = args.kl_coef
+        self.has_started = False
         self.losses: list[float] = []
         self.gradients: dict[str, torch.Tensor] = {}
         critic = self.value_head if self.value_model is None else self.value_model
@@ -152,6 +154,17 @@ class PlainPPO:
             for row in prepared:
                 centred = row["rewards"] - everything.mean()
                 row["rewards"] = centred / (everything.var() + 1e-8).sqrt() + everything.mean()
+        if self.value_model is None and not self.has_started:
+            returns = []
+            for row in prepared:
+                to_go = 0.0
+                for reward_here in reversed(row["rewards"].tolist()):
+                    to_go = reward_here + args.gamma * to_go
+                    returns.append(to_go)
+            torch.nn.init.constant_(self.value_head.bias, sum(returns) / len(returns))
+            for row in prepared:
+                row["values"] += self.value_head.bias.detach()
+        self.has_started = True
         for row in prepared:
             row["advantages"] = torch.zeros_like(row["values"])
             next_value = next_advantage = 0.0
@@ -268,6 +281,28 @@ def run_both(model, tokenizer, folder, **options: Any) -> tuple[Any, PlainPPO, A
     plain = PlainPPO(model, trainer.args, options.get("value_model"))
     plain.learn(seen, scores, trainer._minibatches)
     return trainer, plain, watch
+
+
+@pytest.mark.parametrize("constant", [40.0, -40.0])
+def test_a_constant_added_to_all_scores_changes_nothing(
+    constant, model, tokenizer, tmp_path
+) -> None:
+    """Scores of a reward model mean something up to a constant; lengths must not follow it."""
+
+    def shifted(**given: Any) -> list[float]:
+        return [score + constant for score in reward(**given)]
+
+    trained = []
+    for function in (reward, shifted):
+        trainer = make_trainer(model, tokenizer, tmp_path, max_steps=8, reward_func=function)
+        trainer.train()
+        trained.append({n: p.detach() for n, p in trainer.model.named_parameters()})
+    plain, other = trained
+    for name, start in model.named_parameters():
+        moved, apart = plain[name] - start, other[name] - plain[name]
+        assert float(apart.norm()) < 0.01 * float(moved.norm()), name
+    bias = float(other["value_head.bias"] - plain["value_head.bias"])
+    assert bias == pytest.approx(constant, rel=1e-3)
 
 
 CASES = {

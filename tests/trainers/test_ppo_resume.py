@@ -168,7 +168,7 @@ def test_the_best_checkpoint_comes_back_with_its_critic(parts, model, tokenizer,
 
     def worse_every_time(completion_ids, **_: Any) -> list[float]:
         calls.append(0)
-        return [-float(len(calls) + len(ids) % 2) for ids in completion_ids]
+        return [-float(len(calls) + sum(ids) % 2) for ids in completion_ids]
 
     options = {"eval_dataset": prompts()} | ({"peft_config": LORA} if parts else {})
     trainer = make_trainer(

@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from ._kept_buffer import kept_buffer
-from ._vocab_gradients import TileGradients, gradient_coefs, recompute_gradients
+from ._vocab_filter import column_factors
+from ._vocab_gradients import (
+    HeadGradients,
+    TileGradients,
+    gradient_coefs,
+    recompute_gradients,
+)
+from ._vocab_low_rank import combine_frozen, project
 from ._vocab_tiles import (
     TILE_COLS,
     Head,
     RowStatistics,
     ScoredRows,
     WeightTiles,
-    combine_target,
     finish_state,
     fold_rows,
     gemm_rows,
@@ -33,7 +39,10 @@ from ._vocab_tiles import (
 )
 from ._vocab_workspace import fold_plan
 
-__all__ = ["Objective", "forward", "plan"]
+__all__ = ["Objective", "forward", "plan", "resident_rows"]
+
+# A GEMM of fewer rows is bound by reading the head: recomputing tiles of more rows is cheaper.
+MIN_RESIDENT_ROWS = 512
 
 
 class Objective(NamedTuple):
@@ -64,14 +73,34 @@ class Objective(NamedTuple):
 
 
 def plan(
-    rows: int, vocab: int, itemsize: int, smoothing: float, needs: tuple[bool, ...], budget: int
+    rows: int,
+    vocab: int,
+    itemsize: int,
+    smoothing: float,
+    needs: tuple[bool, ...],  # hidden, weight, bias, and an adapter's A and B
+    budget: int,
+    filtered: bool = False,
 ) -> str:
     """Which of the strategies runs: "fold", "frozen", "resident" or "recompute"."""
     if not any(needs):
         return "fold"
-    if needs == (True, False, False) and smoothing == 0:
+    chunk = resident_rows(rows, vocab, itemsize, needs[1], budget)
+    if not any(needs[1:]) and smoothing == 0 and not (filtered and chunk):
         return "frozen"
-    return "resident" if resident_size(rows, vocab) * itemsize <= budget else "recompute"
+    return "resident" if chunk or not rows else "recompute"
+
+
+def resident_rows(rows: int, vocab: int, itemsize: int, need_weight: bool, budget: int) -> int:
+    """Rows whose logits are kept at once, 0 if none are.
+
+    A slice of d weight is written once, by one GEMM over all rows: they fit together or not at all.
+    Without d weight nothing of the head's size is summed over chunks of rows.
+    """
+    fitting = budget // (resident_size(1, vocab) * itemsize)
+    if fitting >= rows or (fitting >= MIN_RESIDENT_ROWS and not need_weight):
+        chunks = max(1, -(-rows // max(1, fitting)))
+        return -(-rows // chunks)
+    return 0
 
 
 class Folded(NamedTuple):
@@ -87,7 +116,8 @@ def fold_all(
 ) -> Folded:
     """Statistics by chunks of rows; with `frozen` also d loss / d h, from the same walk."""
     vocab, width = head.weight.shape
-    chunk, cols = fold_plan(rows.count, vocab, width, head.compute_dtype, frozen, head.budget)
+    device, dtype = head.hidden.device, head.compute_dtype
+    chunk, cols = fold_plan(rows.count, vocab, width, dtype, frozen, head.budget, device)
     tiles, buffer = WeightTiles(head, cols), head.empty(chunk, cols)
     d_hidden = head.hidden.new_empty(rows.count, width) if frozen else None
     found: list[RowStatistics] = []
@@ -95,7 +125,8 @@ def fold_all(
     for start, end in rows.chunks(chunk):
         hidden = gemm_rows(head, rows.take(head.hidden, start, end))
         targets = rows.take(head.targets, start, end).contiguous()
-        target = target_logits(head, hidden, targets)
+        low_rank = project(head, hidden, with_acc=frozen)
+        target = target_logits(head, hidden, targets, low_rank)
         state = start_state(head, target)
         acc = head.stats(end - start, width) if frozen else None
         fold_rows(
@@ -108,6 +139,7 @@ def fold_all(
             moments=_needs_moments(objective, outputs),
             top1="is_top1" in outputs,
             acc=acc,
+            low_rank=low_rank,
         )
         one = finish_state(state, target, vocab)
         if acc is not None and d_hidden is not None:
@@ -115,13 +147,12 @@ def fold_all(
             extra = 2 * objective.z_loss * one.logsumexp
             at_target = torch.expm1(one.logprob) + one.logprob.exp() * extra
             others = (1 + extra) * head.transform.chain / one.normalizer
-            scale = objective.scale
-            combine_target(target.weight, at_target * target.slope * scale, acc, others * scale)
+            at_target, others = at_target * target.slope * objective.scale, others * objective.scale
+            combine_frozen(head, target, low_rank, at_target, acc, others)
             d_hidden[start:end] = acc
         found.append(one)
         slopes.append(target.slope)
-    statistics = RowStatistics(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    return Folded(statistics, torch.cat(slopes), d_hidden)
+    return Folded(_join(found), torch.cat(slopes), d_hidden)
 
 
 def _needs_moments(objective: Objective, outputs: Sequence[str]) -> bool:
@@ -134,49 +165,63 @@ def resident_gradients(
     objective: Objective,
     outputs: Sequence[str],
     needs: tuple[bool, bool, bool],
+    lora_needs: tuple[bool, bool],
 ) -> tuple[RowStatistics, TileGradients]:
-    """All logits at once, [m, V] within the budget: folded, then turned into gradients in place."""
-    vocab = head.weight.shape[0]
+    """A chunk's logits at once, [m, V] within the budget: folded, then turned into gradients in
+    place."""
+    vocab, itemsize = head.weight.shape[0], head.compute_dtype.itemsize
+    chunk = resident_rows(rows.count, vocab, itemsize, needs[1], head.budget)
     tiles = WeightTiles(head, TILE_COLS)
-    hidden = gemm_rows(head, rows.take(head.hidden, 0, rows.count))
-    targets = rows.take(head.targets, 0, rows.count).contiguous()
-    target = target_logits(head, hidden, targets)
-    state = start_state(head, target)
-    size = resident_size(rows.count, vocab)
-    with kept_buffer(size, head.compute_dtype, hidden.device) as buffer:
-        fold_rows(
-            head,
-            hidden,
-            targets,
-            tiles,
-            buffer,
-            state,
-            moments=_needs_moments(objective, outputs),
-            top1="is_top1" in outputs,
-            resident=True,
-        )
-        found = finish_state(state, target, vocab)
-        coefs = objective.coefs(head, found, target.slope)
-        grads = TileGradients(head, rows.count, TILE_COLS, rows.count, needs)
-        for first, last in tiles.spans():
-            tile = resident_tile(buffer, rows.count, first, last)
-            bias = tiles.bias_slice(first, last)
-            head.passes.gradient(tile, coefs, targets, first, bias, head.transform)
-            grads.add(tile, tiles.slice(first, last), hidden, 0, first)
-            grads.end_span(first, last)
-    return found, grads
+    grads = TileGradients(head, rows.count, TILE_COLS, chunk, needs, lora_needs)
+    parts: list[RowStatistics] = []
+    size = resident_size(chunk, vocab)
+    with kept_buffer(size, head.compute_dtype, head.hidden.device) as buffer:
+        for start, end in rows.chunks(chunk):
+            hidden = gemm_rows(head, rows.take(head.hidden, start, end))
+            targets = rows.take(head.targets, start, end).contiguous()
+            low_rank = project(head, hidden)
+            target = target_logits(head, hidden, targets, low_rank)
+            state = start_state(head, target)
+            fold_rows(
+                head,
+                hidden,
+                targets,
+                tiles,
+                buffer,
+                state,
+                moments=_needs_moments(objective, outputs),
+                top1="is_top1" in outputs,
+                resident=True,
+                low_rank=low_rank,
+            )
+            found = finish_state(state, target, vocab)
+            coefs = objective.coefs(head, found, target.slope)
+            factors = column_factors(head, coefs)
+            factor = None if low_rank is None else low_rank.factor
+            for first, last in tiles.spans():
+                tile = resident_tile(buffer, end - start, first, last)
+                bias, lora_b = tiles.bias_slice(first, last), tiles.lora_b_slice(first, last)
+                head.passes.gradient(tile, coefs, targets, first, bias, head.transform)
+                weight = tiles.slice(first, last)
+                grads.add(tile, weight, hidden, start, first, factors, factor, lora_b)
+                grads.end_span(first, last)
+            grads.end_rows(hidden, start)
+            parts.append(found)
+    return _join(parts), grads
+
+
+def _join(parts: list[RowStatistics]) -> RowStatistics:
+    return RowStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 class ForwardResult(NamedTuple):
-    """[M] statistics and the gradients of the loss; what is not needed is None."""
+    """[M] statistics and the gradients of the loss."""
 
     loss: Tensor
     logprob: Tensor
     entropy: Tensor
     is_top1: Tensor
-    d_hidden: Tensor | None
-    d_weight: Tensor | None
-    d_bias: Tensor | None
+    gradients: HeadGradients
 
 
 def forward(
@@ -184,49 +229,52 @@ def forward(
     objective: Objective,
     outputs: Sequence[str],
     needs: tuple[bool, bool, bool],
+    lora_needs: tuple[bool, bool] = (False, False),
 ) -> ForwardResult:
     """Loss, statistics and gradients."""
     rows = ScoredRows(head.targets, head.weight.shape[0])
     if rows.count == 0:
-        return _no_rows(head, needs)
+        return _no_rows(head, (*needs, *lora_needs))
     strategy = plan(
         rows.count,
         head.weight.shape[0],
         head.compute_dtype.itemsize,
         objective.label_smoothing,
-        needs,
+        (*needs, *lora_needs),
         head.budget,
+        head.filter_eps is not None,
     )
-    d_hidden: Tensor | None = None
-    grads: TileGradients | None = None
     if strategy == "resident":
-        found, grads = resident_gradients(head, rows, objective, outputs, needs)
+        found, sums = resident_gradients(head, rows, objective, outputs, needs, lora_needs)
+        gradients = sums.finished(rows)
     else:
         found, slope, d_hidden = fold_all(head, rows, objective, outputs, strategy == "frozen")
+        gradients = HeadGradients()
+        if d_hidden is not None:
+            gradients = HeadGradients(scatter_rows(rows, d_hidden, head.hidden.dtype))
         if strategy == "recompute":
-            grads = recompute_gradients(head, rows, objective.coefs(head, found, slope), needs)
-    if grads is not None:
-        d_hidden = grads.hidden
+            coefs = objective.coefs(head, found, slope)
+            gradients = recompute_gradients(head, rows, coefs, needs, lora_needs).finished(rows)
     return ForwardResult(
         objective.loss(found),
         scatter_rows(rows, found.logprob, head.stats_dtype),
         scatter_rows(rows, found.entropy, head.stats_dtype),
         scatter_rows(rows, found.is_top1, torch.bool),
-        None if d_hidden is None else scatter_rows(rows, d_hidden, head.hidden.dtype),
-        None if grads is None else grads.weight,
-        None
-        if grads is None or grads.bias is None or head.bias is None
-        else grads.bias.to(head.bias.dtype),
+        gradients,
     )
 
 
-def _no_rows(head: Head, needs: tuple[bool, bool, bool]) -> ForwardResult:
+def _no_rows(head: Head, needs: tuple[bool, ...]) -> ForwardResult:
+    lora_a, lora_b = (None, None) if head.lora is None else (head.lora.a, head.lora.b)
+    parameters = (head.hidden, head.weight, head.bias, lora_a, lora_b)
     zeros = [
         torch.zeros_like(x, memory_format=torch.contiguous_format)
         if need and x is not None
         else None
-        for need, x in zip(needs, (head.hidden, head.weight, head.bias), strict=True)
+        for need, x in zip(needs, parameters, strict=True)
     ]
     rows = head.hidden.shape[0]
     top1 = head.hidden.new_zeros(rows, dtype=torch.bool)
-    return ForwardResult(head.stats(), head.stats(rows), head.stats(rows), top1, *zeros)
+    return ForwardResult(
+        head.stats(), head.stats(rows), head.stats(rows), top1, HeadGradients(*zeros)
+    )

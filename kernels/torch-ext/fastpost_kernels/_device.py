@@ -8,10 +8,29 @@ import torch
 
 from . import _csrc
 
-__all__ = ["BACKENDS", "HAS_TRITON", "resolve_backend", "triton_is_interpreted"]
+__all__ = [
+    "AMD",
+    "BACKENDS",
+    "HAS_TRITON",
+    "capability",
+    "resolve_backend",
+    "triton_is_interpreted",
+]
 
 BACKENDS = ("auto", "triton", "cpp", "torch")
+# Instead of a compute capability: ROCm's numbers collide with NVIDIA's (gfx90a says 9.0).
+AMD = -1
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def capability(device: torch.device) -> int:
+    """90 for compute capability 9.0, AMD, or 0: the interpreter, or a GPU without this notion."""
+    if device.type != "cuda":
+        return 0
+    if torch.version.hip is not None:
+        return AMD
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def triton_is_interpreted() -> bool:

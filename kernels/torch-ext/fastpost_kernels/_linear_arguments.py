@@ -9,16 +9,30 @@ import torch
 from torch import Tensor
 
 from ._device import BACKENDS
+from ._lora_head import LoraHead
 from ._vocab_passes import LogitTransform
 from ._vocab_tiles import default_budget
 
-__all__ = ["check_outputs", "check_tensors", "resolve_settings", "resolve_transform"]
+__all__ = [
+    "check_filter",
+    "check_outputs",
+    "check_tensors",
+    "make_lora",
+    "resolve_settings",
+    "resolve_transform",
+]
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """Shapes, dtypes and devices of the four tensors; raises `ValueError` or `TypeError`."""
+def check_tensors(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lora: LoraHead | None = None,
+) -> None:
+    """Shapes, dtypes and devices of all tensors; raises `ValueError` or `TypeError`."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [M, H] and weight [V, H], got {tuple(hidden.shape)} and "
@@ -37,6 +51,9 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
             f"bias must be [V] = [{weight.shape[0]}] like weight, got {tuple(bias.shape)}"
         )
     named = {"hidden": hidden, "weight": weight, "bias": bias}
+    if lora is not None:
+        _check_lora(lora, weight)
+        named |= {"lora.a": lora.a, "lora.b": lora.b}
     for name, tensor in named.items():
         if tensor is not None and tensor.dtype not in COMPUTE_DTYPES:
             raise TypeError(
@@ -48,6 +65,40 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
             raise ValueError(
                 f"{name} is on {tensor.device}, hidden on {hidden.device}; move them to one device"
             )
+
+
+def _check_lora(lora: LoraHead, weight: Tensor) -> None:
+    vocab, width = weight.shape
+    rank = lora.a.shape[0] if lora.a.dim() == 2 else 0
+    if rank == 0 or lora.a.shape != (rank, width) or lora.b.shape != (vocab, rank):
+        raise ValueError(
+            f"lora must be a [r, H] = [r, {width}] and b [V, r] = [{vocab}, r] of one rank r > 0, "
+            f"got {tuple(lora.a.shape)} and {tuple(lora.b.shape)}; pass lora_A.weight and "
+            "lora_B.weight as PEFT stores them"
+        )
+    if not math.isfinite(lora.scale):
+        raise ValueError(f"lora.scale must be finite, got {lora.scale}")
+
+
+def make_lora(a: Tensor | None, b: Tensor | None, scale: float) -> LoraHead | None:
+    """What an op's schema takes apart, put together again."""
+    return None if a is None or b is None else LoraHead(a, b, scale)
+
+
+def check_filter(filter_eps: float | None, label_smoothing: float = 0.0) -> None:
+    """A threshold in (0, 1), and nothing that it would drop as a whole."""
+    if filter_eps is None:
+        return
+    if not 0 < filter_eps < 1:
+        raise ValueError(
+            f"filter_eps must be in (0, 1) or None, got {filter_eps}; 2**-12 is what 16-bit "
+            "gradients resolve"
+        )
+    if label_smoothing:
+        raise ValueError(
+            f"label_smoothing={label_smoothing} spreads small gradients over the vocabulary, which "
+            f"filter_eps={filter_eps} drops; use one of them"
+        )
 
 
 def resolve_transform(

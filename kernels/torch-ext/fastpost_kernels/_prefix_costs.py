@@ -4,7 +4,8 @@ FLOPs are those of the visible pairs, the useful work: a pair costs two products
 and p·v) and five in the backward (q·k again, dO·v, and dQ, dK, dV). They depend on the contents of
 `segments`. Fake segments hold none; then all tokens count as one causal row, the most there can be.
 
-Workspace is an upper bound that reads no data: as if every token had an ancestor.
+Workspace is an upper bound that reads no data: as if every token had an ancestor. That of backend
+"flash" holds in its backward what flash-attn allocates for sums of dQ that need no atomics.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ __all__ = [
     "forward_workspace",
     "register_costs",
 ]
+
+_MAX_MULTIPROCESSORS = 160  # of one GPU; a B200 has 148
 
 
 def register_costs(
@@ -86,7 +89,7 @@ def forward_workspace(
     backend: str,
 ) -> int:
     """Bytes of merged and partial outputs, row statistics, operands and scores."""
-    rows, head = query.shape[0] * query.shape[1], max(query.shape[2], value.shape[2])
+    rows, head = query.shape[0] * query.shape[1], _head_size(query, value)
     elements = 3 * rows * head + 8 * rows + _operands_and_scores(query, key, head)
     return elements * regions.accumulate_dtype(query.dtype).itemsize
 
@@ -105,9 +108,11 @@ def backward_workspace(
     backend: str,
 ) -> int:
     """Bytes of summed and partial gradients, dO and O in fp32, operands and scores."""
-    rows, head = query.shape[0] * query.shape[1], max(query.shape[2], value.shape[2])
+    rows, head = query.shape[0] * query.shape[1], _head_size(query, value)
     gradients = 2 * (rows + 2 * key.shape[0] * key.shape[1]) * head
     elements = gradients + 2 * rows * head + 4 * rows + _operands_and_scores(query, key, head)
+    if backend == "flash":
+        elements += _split_sums(query, head, segments.shape[0])
     return elements * regions.accumulate_dtype(query.dtype).itemsize
 
 
@@ -115,6 +120,22 @@ def _num_pairs(segments: Tensor, num_tokens: int, window: int | None) -> int:
     if isinstance(segments, FakeTensor):
         return num_visible(0, num_tokens, window)
     return schedule_of(segments, num_tokens).num_pairs(window)
+
+
+def _head_size(query: Tensor, value: Tensor) -> int:
+    """The larger head size, as backends that pad heads have it."""
+    return -(-max(query.shape[2], value.shape[2]) // 8) * 8
+
+
+def _split_sums(query: Tensor, head: int, num_segments: int) -> int:
+    """Elements of ⌈SMs / (B·Hq)⌉ copies of dQ, each sequence of B ending with 128 more rows.
+
+    At most 2 sequences of a call are of one segment; the bound holds for every B from 1 to that.
+    """
+    num_heads, num_tokens, _ = query.shape
+    head = -(-head // 64) * 64
+    padding = 128 * (_MAX_MULTIPROCESSORS + num_heads * 2 * num_segments)
+    return ((_MAX_MULTIPROCESSORS + num_heads) * num_tokens + padding) * head
 
 
 def _operands_and_scores(query: Tensor, key: Tensor, head: int) -> int:

@@ -122,7 +122,7 @@ def _fold_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lh"])  # the number of tokens
 def prefix_attention_fwd_kernel(
     # pointers
     query_ptr,  # [Hq, N, D]
@@ -225,7 +225,7 @@ def _grad_scores(
     return p, d_scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lh"])  # the number of tokens
 def prefix_attention_bwd_query_kernel(
     # pointers
     query_ptr,  # [Hq, N, D]
@@ -307,7 +307,7 @@ def prefix_attention_bwd_query_kernel(
     _store_rows(grad_query_ptr, stride_gn, offs_m, mask_m, acc * scale, HEAD_SIZE, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lh"])  # the number of tokens
 def prefix_attention_bwd_key_kernel(
     # pointers
     query_ptr,  # [Hq, N, D]

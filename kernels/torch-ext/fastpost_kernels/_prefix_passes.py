@@ -21,6 +21,7 @@ from ._prefix_regions import (
     explicit_forward,
     flash_backward,
     flash_forward,
+    with_sinks,
 )
 from ._prefix_segments import PrefixSchedule, Region
 
@@ -157,10 +158,7 @@ def forward(
             query, key, value = _blockwise_layout(query, key, value)
         out, lse = _forward_regions(query, key, value, schedule, scoring, backend)
     if sinks is not None:
-        # The sink is one more key with value zero: it only enlarges the denominator.
-        with_sink = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))
-        out = out * torch.exp(lse - with_sink).unsqueeze(-1)
-        lse = with_sink
+        out, lse = with_sinks(out, lse, sinks)
     # Tokens outermost: what a model's output projection reads next.
     out = out[..., :value_size].transpose(0, 1).to(query.dtype).contiguous()
     return out.transpose(0, 1), lse

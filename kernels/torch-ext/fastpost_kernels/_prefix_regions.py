@@ -29,6 +29,7 @@ __all__ = [
     "explicit_forward",
     "flash_backward",
     "flash_forward",
+    "with_sinks",
 ]
 
 # Scores held at once by `explicit`: 2^22 fp32 values are 16 MB, a few of which live together.
@@ -52,6 +53,13 @@ class Scoring(NamedTuple):
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """(out [Hq, N, Dv], lse [Hq, N]) with a sink [Hq]: one more key, with value zero, which only
+    enlarges the denominator."""
+    merged = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))
+    return out * torch.exp(lse - merged).unsqueeze(-1), merged
 
 
 def copies_per_backward(length: int, num_heads: int) -> int:

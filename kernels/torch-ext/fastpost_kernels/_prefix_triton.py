@@ -17,6 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ._choices import attention_shape, choose
+from ._device import AMD, capability
 from ._prefix_kernels import (
     prefix_attention_bwd_key_kernel,
     prefix_attention_bwd_query_kernel,
@@ -25,12 +27,10 @@ from ._prefix_kernels import (
 from ._prefix_regions import Scoring
 from ._prefix_segments import PrefixSchedule
 
-__all__ = ["AMD", "backward_triton", "choose_tiles", "forward_triton"]
+__all__ = ["backward_triton", "choose_tiles", "forward_triton"]
 
-# Instead of a compute capability: ROCm's numbers collide with NVIDIA's (gfx90a says 9.0).
-AMD = -1
 # Consumer GPUs: 99 KB of shared memory per block instead of 163 or 227.
-_SMALL_SHARED_MEMORY = (86, 89, 120)
+_SMALL_SHARED_MEMORY = (86, 89, 120, 121)
 
 
 def choose_tiles(
@@ -38,9 +38,9 @@ def choose_tiles(
 ) -> dict[str, tuple[int, int, int, int]]:
     """(BLOCK_M, BLOCK_N, warps, stages) per kernel, for the larger head size of a call.
 
-    Not one of them spills when compiled for `capability` 80, 90, 100 or AMD (gfx942), with or
-    without softcap and window, which a test asserts; on 89 a few spill up to 24 bytes. None was
-    timed on a GPU.
+    Not one of them spills when compiled for `capability` 80, 86, 89, 90, 100, 120 or AMD (gfx942),
+    with or without softcap and window, which tests assert; of unequal sizes, as 192 and 128, with
+    both, the forward spills 16 bytes on 86 and 89. None was timed on a GPU.
     """
     if itemsize > 2:  # fp32 products do not use tensor cores: for checks rather than speed
         return dict.fromkeys(("forward", "grad_query", "grad_key"), (32, 32, 4, 1))
@@ -54,7 +54,7 @@ def choose_tiles(
         return {
             "forward": (64, 32, 8, 2),
             "grad_query": (64, 32, 8, 1),
-            "grad_key": (32, 32, 8, 1),
+            "grad_key": (32, 64, 8, 1),
         }
     if head_size > 128:
         # On sm_100 the sums move between tensor memory and registers at every key range.
@@ -70,19 +70,21 @@ def choose_tiles(
         is_small = capability in _SMALL_SHARED_MEMORY
         return {
             "forward": (128, keys, 8, 2),
-            "grad_query": (64, 64, 8, 2),
+            "grad_query": (64, 32, 4, 2) if is_small and head_size < 128 else (64, 64, 8, 2),
             "grad_key": (64, 64, 8, 2) if is_small else (32, 64, 4, 2),
         }
     return dict.fromkeys(("forward", "grad_query"), (128, 64, 8, 2)) | {"grad_key": (64, 128, 8, 2)}
 
 
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter, or a GPU without this notion
-        return 0
-    if torch.version.hip is not None:
-        return AMD
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _measured_tiles(head_size: int, query: Tensor) -> dict[str, tuple[int, ...]]:
+    """`choose_tiles`, but for kernels of which another tile was measured faster on this GPU."""
+    tiles: dict[str, tuple[int, ...]] = {}
+    shape = attention_shape(head_size, query.dtype)
+    chosen = choose_tiles(head_size, query.itemsize, capability(query.device))
+    for kernel, tile in chosen.items():
+        option = choose(f"prefix_{kernel}", query.device, shape)
+        tiles[kernel] = tile if option == "default" else tuple(map(int, option.split("x")))
+    return tiles
 
 
 @lru_cache(maxsize=16)
@@ -131,7 +133,7 @@ def _device_positions(schedule: PrefixSchedule, device: torch.device) -> Tensor:
 
 
 def _options(
-    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, tile: tuple[int, int, int, int]
+    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, tile: tuple[int, ...]
 ) -> dict[str, int | bool]:
     """What all three kernels are compiled for."""
     block_m, block_n, num_warps, num_stages = tile
@@ -178,7 +180,7 @@ def forward_triton(
     if query.shape[1] == 0:
         return out, lse
     widest = max(query.shape[2], value.shape[2])
-    tile = choose_tiles(widest, query.itemsize, _capability(query.device))["forward"]
+    tile = _measured_tiles(widest, query)["forward"]
     blocks, ranges = _query_table(schedule, tile[0], query.device)
     positions = _device_positions(schedule, query.device)
     strides = [x.stride(i) for x in (query, key, value, out) for i in (0, 1)]
@@ -212,7 +214,7 @@ def backward_triton(
     strides = [x.stride(i) for x in (query, key, value, grad_out) for i in (0, 1)]
     grad_strides = [[x.stride(0), x.stride(1)] for x in grads]
     widest = max(query.shape[2], value.shape[2])
-    tiles = choose_tiles(widest, query.itemsize, _capability(query.device))
+    tiles = _measured_tiles(widest, query)
     passes = [(True, True)] if widest <= 128 else [(True, False), (False, True)]
 
     tile = tiles["grad_query"]

@@ -1,11 +1,12 @@
-"""The contract of the three tile passes of linear_logprob, and their plain-torch version.
+"""The contract of the tile passes of linear_logprob, and their plain-torch version.
 
 A tile is a block of logits y = h W^T, [rows, cols], as the GEMM left it. Everything that is not a
-GEMM is one of three passes over it, written three times with the same signatures: here in torch, in
+GEMM is one of four passes over it, written three times with the same signatures: here in torch, in
 `_vocab_passes_triton.py` and, through `_vocab_passes_cpp.py`, in `csrc/linear_logprob.cpp`.
 
     fold        merge a tile into the running row statistics; optionally replace it by exp(z - ref)
     gradient    replace a tile by d loss / d y
+    significant which columns of a gradient tile hold anything to multiply
     multiply_accumulate   acc = acc * rescale[row] + a @ b, in the statistics' dtype
 
 Row statistics are a matrix `state` [9, M]. The target's own logit is computed apart, as a dot
@@ -153,6 +154,22 @@ def gradient(
         g = p.mul_(c[CONST] + c[LINEAR] * z).add_(c[UNIFORM]).mul_(slope).mul_(transform.chain)
         is_target = columns == (targets[part] - first_col)[:, None]
         tile[part] = torch.where(is_target, c[TARGET], g)
+
+
+def significant(
+    tile: Tensor,  # [m, n] gradients
+    factors: Tensor,  # [m]
+) -> Tensor:
+    """[n] bool: whether some row i has |tile_iv| factors_i > 1, or a NaN."""
+    rows, cols = tile.shape
+    peaks = tile.new_zeros(cols)
+    factors = factors.to(tile.dtype)
+    starts = blocks(rows, cols)
+    for start in starts:
+        part = slice(start, start + starts.step)
+        block = (tile[part] * factors[part, None]).abs_().amax(0)
+        torch.maximum(peaks, block, out=peaks)
+    return ~(peaks <= 1)
 
 
 def multiply_accumulate(

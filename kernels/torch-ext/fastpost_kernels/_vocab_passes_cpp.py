@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ._csrc import library, num_threads
-from ._vocab_passes import LogitTransform
+from ._vocab_passes import LogitTransform, significant
 from ._vocab_passes import multiply_accumulate as torch_multiply_accumulate
 
-__all__: list[str] = []
+__all__: list[str] = ["significant"]
 
 BEST_SIMD = -1
 

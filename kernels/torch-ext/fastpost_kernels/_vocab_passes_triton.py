@@ -2,7 +2,7 @@
 # (arguments of jit functions are pointers and constexprs, which have no Python types)
 """The tile passes of `_vocab_passes.py` as Triton kernels.
 
-One program folds one row of one tile, held in registers as a whole: logits are read once. All three
+One program folds one row of one tile, held in registers as a whole: logits are read once. All
 kernels are bound by memory bandwidth, so what counts is 128-bit loads and no spills, which a test
 asserts on the compiled code.
 """
@@ -167,6 +167,28 @@ def _linear_logprob_gradient_kernel(
 
 
 @triton.jit
+def _linear_logprob_significant_kernel(
+    # pointers
+    tile_ptr,  # [m, n] gradients
+    factors_ptr,  # [m] fp32
+    marks_ptr,  # [n] int8, zeros
+    # strides and sizes
+    stride_tile,
+    n_cols,
+    BLOCK_V: tl.constexpr,
+):
+    """Grid (m, cdiv(n, BLOCK_V)): program (r, b) marks the columns of block b that row r makes
+    significant. Programs of one column race to write the same 1."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_v = offs_v < n_cols
+    g = tl.load(tile_ptr + row * stride_tile + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    # written so that a NaN is significant
+    found = ~(tl.abs(g) * tl.load(factors_ptr + row) <= 1.0)
+    tl.store(marks_ptr + offs_v, found.to(tl.int8), mask=mask_v & found)
+
+
+@triton.jit
 def _linear_logprob_rescale_kernel(
     acc_ptr,  # [m, n] fp32, contiguous
     rescale_ptr,  # [m] fp32
@@ -253,6 +275,23 @@ def gradient(
         BLOCK_V=GRADIENT_BLOCK,
         num_warps=4,
     )
+
+
+def significant(tile: Tensor, factors: Tensor) -> Tensor:
+    """See `_vocab_passes.significant`."""
+    rows, cols = tile.shape
+    assert tile.stride(1) == 1 and factors.is_contiguous()
+    marks = torch.zeros(cols, dtype=torch.int8, device=tile.device)
+    _linear_logprob_significant_kernel[(rows, triton.cdiv(cols, GRADIENT_BLOCK))](
+        tile,
+        factors,
+        marks,
+        tile.stride(0),
+        cols,
+        BLOCK_V=GRADIENT_BLOCK,
+        num_warps=4,
+    )
+    return marks.bool()
 
 
 def multiply_accumulate(

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from . import _vocab_passes as passes_torch
 from . import _vocab_passes_cpp as passes_cpp
+from ._choices import choose, head_shape
 from ._csrc import advise_huge_pages
 from ._device import HAS_TRITON
+from ._lora_head import LoraHead, LowRankRows
 from ._vocab_passes import (
     REF,
     RESCALE,
@@ -38,6 +40,7 @@ from ._vocab_passes import (
 )
 
 if HAS_TRITON:
+    from . import _fused_fold_triton as fused_fold
     from . import _vocab_passes_triton as passes_triton
 
 IGNORE = -100
@@ -62,6 +65,8 @@ class Head(NamedTuple):
     backend: str  # "triton", "cpp" or "torch"
     compute_dtype: torch.dtype
     budget: int  # bytes
+    lora: LoraHead | None = None
+    filter_eps: float | None = None  # see `_vocab_filter.py`
 
     @property
     def stats_dtype(self) -> torch.dtype:
@@ -99,12 +104,17 @@ def default_budget(device_type: str) -> int:
 
 
 def tile_shape(
-    rows: int, vocab: int, row_bytes: int, itemsize: int, budget: int
+    rows: int,
+    vocab: int,
+    row_bytes: int,
+    itemsize: int,
+    budget: int,
+    most_cols: int | None = None,  # None is TILE_COLS
 ) -> tuple[int, int]:
     """(rows, columns) of the tile: as many rows as the budget allows, for the weight is read once
     per row chunk; columns shrink to MIN_COLS before rows are split. `row_bytes` is what a row costs
     besides its tile."""
-    cols = min(TILE_COLS, -(-vocab // ALIGN) * ALIGN)
+    cols = min(most_cols or TILE_COLS, -(-vocab // ALIGN) * ALIGN)
     rows = max(1, rows)
     fitting = (budget // rows - row_bytes) // itemsize // ALIGN * ALIGN
     cols = min(cols, max(fitting, MIN_COLS))
@@ -145,13 +155,15 @@ class ScoredRows:
 
 
 class WeightTiles:
-    """Slices of the weight in the GEMM's dtype, cast one tile at a time; the bias beside them."""
+    """Slices of the weight in the GEMM's dtype, cast one tile at a time; beside them the bias and
+    an adapter's B, cast as a whole."""
 
     def __init__(self, head: Head, cols: int) -> None:
         self.weight, self.cols = head.weight, cols
         same = head.weight.dtype == head.compute_dtype
         self.cast = None if same else head.empty(cols, head.weight.shape[1])
         self.bias = None if head.bias is None else head.bias.to(head.stats_dtype).contiguous()
+        self.lora_b = None if head.lora is None else head.lora.b.to(head.compute_dtype)
 
     def spans(self) -> Iterator[tuple[int, int]]:
         vocab = self.weight.shape[0]
@@ -166,6 +178,9 @@ class WeightTiles:
     def bias_slice(self, first: int, last: int) -> Tensor | None:
         return None if self.bias is None else self.bias[first:last]
 
+    def lora_b_slice(self, first: int, last: int) -> Tensor | None:
+        return None if self.lora_b is None else self.lora_b[first:last]
+
 
 class TargetLogits(NamedTuple):
     """Of each scored row's own target, exact to fp32."""
@@ -173,10 +188,14 @@ class TargetLogits(NamedTuple):
     weight: Tensor  # [m, H] rows of the head
     z: Tensor  # [m]
     slope: Tensor  # [m], dz/dy with its constant factor
+    lora_b: Tensor | None = None  # [m, r] rows of B
 
 
-def target_logits(head: Head, hidden: Tensor, targets: Tensor) -> TargetLogits:
-    """h . W[target] + b[target] by dot products in the statistics' dtype."""
+def target_logits(
+    head: Head, hidden: Tensor, targets: Tensor, low_rank: LowRankRows | None = None
+) -> TargetLogits:
+    """h . W[target] + u . B[target] + b[target] by dot products in the statistics' dtype."""
+    assert (head.lora is None) == (low_rank is None)
     weight = head.weight.index_select(0, targets).to(head.compute_dtype)
     y = head.stats(hidden.shape[0])
     starts = blocks(*hidden.shape)
@@ -186,8 +205,12 @@ def target_logits(head: Head, hidden: Tensor, targets: Tensor) -> TargetLogits:
         torch.sum(product, 1, out=y[part])
     if head.bias is not None:
         y += head.bias.index_select(0, targets)
+    lora_b = None
+    if head.lora is not None and low_rank is not None:
+        lora_b = head.lora.b.index_select(0, targets).to(head.compute_dtype)
+        y += (low_rank.exact * lora_b).sum(1)
     z, slope = head.transform.apply(y)
-    return TargetLogits(weight, z, slope * head.transform.chain)
+    return TargetLogits(weight, z, slope * head.transform.chain, lora_b)
 
 
 class RowStatistics(NamedTuple):
@@ -241,18 +264,41 @@ def fold_rows(
     top1: bool,
     acc: Tensor | None = None,  # [m, H]: receives sum_v exp(z_v - ref) slope_v W_v
     resident: bool = False,
+    low_rank: LowRankRows | None = None,  # the adapter's side of `hidden`; its acc goes with `acc`
 ) -> None:
     """One pass over the vocabulary for one chunk of rows. With `resident` every tile keeps its own
     place in `buffer`, see `resident_tile`."""
+    assert (head.lora is None) == (low_rank is None)
     rows = hidden.shape[0]
+    if acc is None and not resident and fuses_products(head, tiles, rows):
+        spans = list(tiles.spans())
+        first, last = spans[0][0], spans[-1][1]
+        fused_fold.fold_products(
+            hidden,
+            head.weight[first:last],
+            state,
+            targets,
+            first,
+            tiles.bias_slice(first, last),
+            head.transform,
+            buffer,
+            moments=moments,
+            top1=top1,
+        )
+        return
+    factor, low_acc = (None, None) if low_rank is None else (low_rank.factor, low_rank.acc)
     scratch = head.empty(*acc.shape) if acc is not None and head.needs_scratch else None
+    low_scratch = None
+    if low_acc is not None and head.needs_scratch:
+        low_scratch = head.empty(*low_acc.shape)
     for first, last in tiles.spans():
         weight = tiles.slice(first, last)
+        lora_b = None if low_rank is None else tiles.lora_b_slice(first, last)
         if resident:
             tile = resident_tile(buffer, rows, first, last)
         else:
             tile = leading_columns(buffer[:rows], last - first)
-        torch.mm(hidden, weight.t(), out=tile)
+        multiply_logits(hidden, weight, tile, factor, lora_b)
         head.passes.fold(
             tile,
             state,
@@ -266,6 +312,33 @@ def fold_rows(
         )
         if acc is not None:
             head.passes.multiply_accumulate(acc, tile, weight, scratch, state[RESCALE])
+        if low_acc is not None:
+            assert acc is not None and lora_b is not None
+            head.passes.multiply_accumulate(low_acc, tile, lora_b, low_scratch, state[RESCALE])
+
+
+def fuses_products(head: Head, tiles: WeightTiles, rows: int) -> bool:
+    """Whether one kernel multiplies and folds: only where it can and was measured faster."""
+    if head.backend != "triton" or head.lora is not None or tiles.cast is not None:
+        return False
+    vocab, width = head.weight.shape
+    if rows == 0 or vocab == 0 or head.weight.stride(1) != 1:
+        return False
+    shape = head_shape(rows, width, vocab, head.compute_dtype)
+    return choose("head_fold", head.weight.device, shape) == "fused"
+
+
+def multiply_logits(
+    hidden: Tensor,  # [m, H]
+    weight: Tensor,  # [n, H]
+    tile: Tensor,  # [m, n], overwritten
+    factor: Tensor | None = None,  # [m, r]
+    lora_b: Tensor | None = None,  # [n, r]
+) -> None:
+    """tile = hidden weight^T + factor lora_b^T, the second as an addition to the first."""
+    torch.mm(hidden, weight.t(), out=tile)
+    if factor is not None and lora_b is not None:
+        torch.addmm(tile, factor, lora_b.t(), out=tile)
 
 
 def resident_size(rows: int, vocab: int) -> int:

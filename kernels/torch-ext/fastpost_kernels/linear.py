@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._cost import register_costs
-from ._csrc import library, num_threads
-from ._layer_passes import rows_of
+from ._csrc import library
 from ._namespace import add_op_namespace_prefix
+from ._transposed_product import transposed
 
 __all__ = ["linear"]
 
@@ -42,19 +42,6 @@ def is_faster_transposed(rows: int, weight: torch.Size) -> bool:
     is_tall = max(outputs, inputs) >= _TALL * min(outputs, inputs)
     is_enough = rows * outputs * inputs >= _MIN_WORK
     return is_enough and (outputs * inputs >= _LARGE_WEIGHT or is_tall)
-
-
-def transposed(matrix: Tensor) -> Tensor:
-    """A contiguous copy [N, M] of a 16-bit CPU `matrix` [M, N] transposed."""
-    lib = library()
-    assert lib is not None
-    matrix = rows_of(matrix)
-    rows, cols = matrix.shape
-    out = matrix.new_empty(cols, rows)
-    lib.fastpost_transpose_16(
-        matrix.data_ptr(), matrix.stride(0), rows, cols, out.data_ptr(), rows, num_threads()
-    )
-    return out
 
 
 @torch.library.custom_op(add_op_namespace_prefix("weight_gradient"), mutates_args=())

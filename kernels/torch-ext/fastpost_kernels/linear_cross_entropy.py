@@ -30,15 +30,19 @@ import torch
 from torch import Tensor
 
 from ._cost import register_costs
-from ._cross_entropy_walks import Objective, forward, plan
+from ._cross_entropy_walks import Objective, forward, plan, resident_rows
 from ._device import resolve_backend
 from ._linear_arguments import (
+    check_filter,
     check_outputs,
     check_tensors,
+    make_lora,
     resolve_settings,
     resolve_transform,
 )
+from ._lora_head import LoraHead
 from ._namespace import add_op_namespace_prefix
+from ._vocab_flops import gradient_flops, head_flops
 from ._vocab_passes import LogitTransform
 from ._vocab_tiles import IGNORE, TILE_COLS, Head, resident_size, statistics_dtype
 from ._vocab_workspace import (
@@ -51,7 +55,9 @@ from ._vocab_workspace import (
 __all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
 
 OUTPUTS = ("entropy", "is_top1")
-NO_NEEDS = (False, False, False)
+# Places of hidden, weight, bias, lora_a and lora_b among the op's arguments.
+DIFFERENTIABLE = (0, 1, 3, 5, 6)
+NUM_ARGUMENTS = 23
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -70,6 +76,9 @@ def linear_cross_entropy_fwd(
     targets: Tensor,
     bias: Tensor | None,
     scale: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
     label_smoothing: float,
     z_loss: float,
     logit_scale: float,
@@ -79,27 +88,36 @@ def linear_cross_entropy_fwd(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    need_lora_a: bool,
+    need_lora_b: bool,
     backend: str,
     compute_dtype: torch.dtype,
     memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, logprob, entropy, is_top1, d hidden, d weight, d bias; absent ones have no elements."""
+    filter_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, logprob, entropy, is_top1, d hidden, d weight, d bias, d lora_a, d lora_b; absent ones
+    have no elements."""
     transform = LogitTransform(logit_scale, softcap, temperature)
     backend = resolve_backend(backend, hidden.device, compute_dtype)
-    head = Head(hidden, weight, bias, targets, transform, backend, compute_dtype, memory_budget)
+    lora = make_lora(lora_a, lora_b, lora_scale)
+    settings = (backend, compute_dtype, memory_budget, lora, filter_eps)
+    head = Head(hidden, weight, bias, targets, transform, *settings)
     objective = Objective(label_smoothing, z_loss, scale.to(head.stats_dtype))
     names = outputs.split(",")
     with torch.cuda.device_of(hidden):
-        found = forward(head, objective, names, (need_hidden, need_weight, need_bias))
-    empty = hidden.new_empty
+        needs = (need_hidden, need_weight, need_bias)
+        found = forward(head, objective, names, needs, (need_lora_a, need_lora_b))
+    parameters = (hidden, weight, bias, lora_a, lora_b)
+    gradients = tuple(
+        (weight if like is None else like).new_empty(0) if gradient is None else gradient
+        for gradient, like in zip(found.gradients, parameters, strict=True)
+    )
     return (
         found.loss,
         found.logprob,
-        found.entropy if "entropy" in names else empty(0, dtype=head.stats_dtype),
-        found.is_top1 if "is_top1" in names else empty(0, dtype=torch.bool),
-        empty(0) if found.d_hidden is None else found.d_hidden,
-        weight.new_empty(0) if found.d_weight is None else found.d_weight,
-        (weight if bias is None else bias).new_empty(0) if found.d_bias is None else found.d_bias,
+        found.entropy if "entropy" in names else hidden.new_empty(0, dtype=head.stats_dtype),
+        found.is_top1 if "is_top1" in names else hidden.new_empty(0, dtype=torch.bool),
+        *gradients,
     )
 
 
@@ -110,6 +128,9 @@ def _(
     targets: Tensor,
     bias: Tensor | None,
     scale: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
     label_smoothing: float,
     z_loss: float,
     logit_scale: float,
@@ -119,19 +140,26 @@ def _(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    need_lora_a: bool,
+    need_lora_b: bool,
     backend: str,
     compute_dtype: torch.dtype,
     memory_budget: int,
+    filter_eps: float | None,
 ) -> tuple[Tensor, ...]:
     rows, wide, names = hidden.shape[0], statistics_dtype(compute_dtype), outputs.split(",")
+    parameters = (hidden, weight, bias, lora_a, lora_b)
+    needs = (need_hidden, need_weight, need_bias, need_lora_a, need_lora_b)
+    gradients = tuple(
+        (weight if like is None else like).new_empty(like.shape if need and like is not None else 0)
+        for need, like in zip(needs, parameters, strict=True)
+    )
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(rows, dtype=wide),
         hidden.new_empty(rows if "entropy" in names else 0, dtype=wide),
         hidden.new_empty(rows if "is_top1" in names else 0, dtype=torch.bool),
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        (weight if bias is None else bias).new_empty(weight.shape[:1] if need_bias else (0,)),
+        *gradients,
     )
 
 
@@ -152,43 +180,45 @@ def _scaled(saved: Tensor, grad: Tensor) -> Tensor:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_loss = grads[0]
-    unused = (None,) * 13
+    gradients: list[Tensor | None] = [None] * NUM_ARGUMENTS
     if grad_loss is None:
-        return (None, None, None, None, *unused)
-    d_hidden, d_weight, d_bias = ctx.saved_tensors
-    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    return (
-        _scaled(d_hidden, grad_loss) if need_hidden else None,
-        _scaled(d_weight, grad_loss) if need_weight else None,
-        None,
-        _scaled(d_bias, grad_loss) if need_bias else None,
-        *unused,
-    )
+        return tuple(gradients)
+    for place, saved in zip(DIFFERENTIABLE, ctx.saved_tensors, strict=True):
+        if ctx.needs_input_grad[place]:
+            gradients[place] = _scaled(saved, grad_loss)
+    return tuple(gradients)
 
 
 linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _flops(hidden: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
-    smoothing, needs, settings = args[3], tuple(args[9:12]), args[12:]
-    _, compute_dtype, budget = settings
-    strategy = plan(hidden[0], weight[0], compute_dtype.itemsize, smoothing, needs, budget)
-    gemms = 1 + needs[0] + needs[1] + (strategy == "recompute")
-    return 2 * hidden[0] * weight[0] * weight[1] * gemms
+    # args: targets, bias, scale, lora_a, lora_b, lora_scale, label_smoothing, ...
+    lora_a, smoothing, needs = args[3], args[6], tuple(args[12:17])
+    _, dtype, budget, filter_eps = args[17:]
+    filtered = filter_eps is not None
+    strategy = plan(hidden[0], weight[0], dtype.itemsize, smoothing, needs, budget, filtered)
+    head = head_flops(hidden, weight, lora_a)
+    if strategy == "frozen":
+        return 2 * head
+    return head * (1 + (strategy == "recompute")) + gradient_flops(hidden, weight, lora_a, needs)
 
 
 def _workspace(hidden: Tensor, weight: Tensor, *args: Any) -> int:
-    smoothing, needs, (backend, dtype, budget) = args[3], tuple(args[9:12]), args[12:]
-    size = HeadSize.of(hidden, weight, backend, dtype, budget)
-    strategy = plan(size.rows, size.vocab, dtype.itemsize, smoothing, needs, budget)
+    lora_a, smoothing, needs = args[3], args[6], tuple(args[12:17])
+    backend, dtype, budget, filter_eps = args[17:]
+    size = HeadSize.of(hidden, weight, backend, dtype, budget, lora_a, filter_eps)
+    plan_size = (size.rows, size.vocab, dtype.itemsize)
+    strategy = plan(*plan_size, smoothing, needs, budget, size.filtered)
     if strategy == "resident":
-        logits = resident_size(size.rows, size.vocab)
-        return resident_workspace(size, logits, TILE_COLS, needs)
+        chunk = resident_rows(*plan_size, needs[1], budget)
+        logits = resident_size(chunk, size.vocab)
+        return resident_workspace(size, chunk, logits, TILE_COLS, needs[:3])
     fold = fold_workspace(size, dtype, strategy == "frozen")
     if strategy == "frozen":
         return fold + size.rows * size.width * size.hidden_bytes
     if strategy == "recompute":
-        return max(fold, recompute_workspace(size, needs))
+        return max(fold, recompute_workspace(size, needs[:3]))
     return fold
 
 
@@ -201,6 +231,7 @@ def linear_cross_entropy(
     targets: Tensor,  # [M] int64
     bias: Tensor | None = None,  # [V]
     *,
+    lora: LoraHead | None = None,
     loss_mask: Tensor | None = None,  # [M] bool, True = scored
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -213,6 +244,7 @@ def linear_cross_entropy(
     backend: str = "auto",
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    filter_eps: float | None = None,
 ) -> LinearCrossEntropy:
     """Cross-entropy of a language-model head without the [M, V] logits.
 
@@ -242,8 +274,9 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: as `linear_logprob`, and for arguments out of the ranges above.
     """
-    check_tensors(hidden, weight, targets, bias)
+    check_tensors(hidden, weight, targets, bias, lora)
     check_outputs(outputs, OUTPUTS)
+    check_filter(filter_eps, label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if not z_loss >= 0:
@@ -258,21 +291,25 @@ def linear_cross_entropy(
     transform = resolve_transform(logit_scale, softcap, temperature)
     settings = resolve_settings(hidden, backend, compute_dtype, memory_budget)
     scale = _row_scale(targets, num_items, reduction, statistics_dtype(settings[1]))
-    grad = torch.is_grad_enabled()
+    lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
+    parameters = (hidden, weight, bias, lora_a, lora_b)
+    with_grad = torch.is_grad_enabled()
     found = linear_cross_entropy_fwd(
         hidden,
         weight,
         targets,
         bias,
         scale,
+        lora_a,
+        lora_b,
+        float(lora_scale),
         float(label_smoothing),
         float(z_loss),
         *transform,
         ",".join(name for name in OUTPUTS if name in outputs),
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-        grad and bias is not None and bias.requires_grad,
+        *(with_grad and x is not None and x.requires_grad for x in parameters),
         *settings,
+        filter_eps,
     )
     loss, logprob, entropy, is_top1 = found[:4]
     return LinearCrossEntropy(

@@ -34,18 +34,22 @@ from torch import Tensor
 from ._cost import register_costs
 from ._device import resolve_backend
 from ._linear_arguments import (
+    check_filter,
     check_outputs,
     check_tensors,
+    make_lora,
     resolve_settings,
     resolve_transform,
 )
-from ._logprob_walks import backward, forward
+from ._logprob_walks import forward, head_gradients
+from ._lora_head import LoraHead
 from ._namespace import add_op_namespace_prefix
+from ._vocab_flops import gradient_flops, head_flops
 from ._vocab_passes import BLOCK_ELEMENTS, LogitTransform
 from ._vocab_tiles import Head, statistics_dtype
 from ._vocab_workspace import HeadSize, fold_workspace, recompute_workspace
 
-__all__ = ["LinearLogprob", "linear_logprob"]
+__all__ = ["LinearLogprob", "LoraHead", "linear_logprob"]
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "logsumexp")
 
@@ -70,6 +74,9 @@ def linear_logprob_fwd(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -78,11 +85,15 @@ def linear_logprob_fwd(
     backend: str,
     compute_dtype: torch.dtype,
     memory_budget: int,
+    filter_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob, the OUTPUTS in order, stats, jacobian; those not asked for have no elements."""
     transform = LogitTransform(logit_scale, softcap, temperature)
     backend = resolve_backend(backend, hidden.device, compute_dtype)
-    head = Head(hidden, weight, bias, targets, transform, backend, compute_dtype, memory_budget)
+    lora = make_lora(lora_a, lora_b, lora_scale)
+    head = Head(
+        hidden, weight, bias, targets, transform, backend, compute_dtype, memory_budget, lora
+    )
     names = tuple(name for name in outputs.split(",") if name)
     with torch.cuda.device_of(hidden):
         found = forward(head, names, with_jacobian)
@@ -103,6 +114,9 @@ def _(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -111,6 +125,7 @@ def _(
     backend: str,
     compute_dtype: torch.dtype,
     memory_budget: int,
+    filter_eps: float | None,
 ) -> tuple[Tensor, ...]:
     rows, width = hidden.shape
     wide = statistics_dtype(compute_dtype)
@@ -135,6 +150,9 @@ def linear_logprob_bwd(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
     stats: Tensor,
     jacobian: Tensor,
     logit_scale: float,
@@ -143,27 +161,32 @@ def linear_logprob_bwd(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    need_lora_a: bool,
+    need_lora_b: bool,
     backend: str,
     compute_dtype: torch.dtype,
     memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d hidden, d weight, d bias; those not needed have no elements."""
+    filter_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d hidden, d weight, d bias, d lora_a, d lora_b; those not needed have no elements."""
     transform = LogitTransform(logit_scale, softcap, temperature)
     backend = resolve_backend(backend, hidden.device, compute_dtype)
-    head = Head(hidden, weight, bias, targets, transform, backend, compute_dtype, memory_budget)
+    lora = make_lora(lora_a, lora_b, lora_scale)
+    settings = (backend, compute_dtype, memory_budget, lora, filter_eps)
+    head = Head(hidden, weight, bias, targets, transform, *settings)
     with torch.cuda.device_of(hidden):
-        found = backward(
+        found = head_gradients(
             head,
             stats,
             jacobian if jacobian.dim() == 2 else None,
             (grad_logprob, grad_entropy, grad_logsumexp),
             (need_hidden, need_weight, need_bias),
+            (need_lora_a, need_lora_b),
         )
-    d_hidden, d_weight, d_bias = found
-    return (
-        hidden.new_empty(0) if d_hidden is None else d_hidden,
-        weight.new_empty(0) if d_weight is None else d_weight,
-        (weight if bias is None else bias).new_empty(0) if d_bias is None else d_bias,
+    parameters = (hidden, weight, bias, lora_a, lora_b)
+    return tuple(
+        (weight if like is None else like).new_empty(0) if gradient is None else gradient
+        for gradient, like in zip(found, parameters, strict=True)
     )
 
 
@@ -176,6 +199,9 @@ def _(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
     stats: Tensor,
     jacobian: Tensor,
     logit_scale: float,
@@ -184,23 +210,25 @@ def _(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    need_lora_a: bool,
+    need_lora_b: bool,
     backend: str,
     compute_dtype: torch.dtype,
     memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bias_like = weight if bias is None else bias
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        bias_like.new_empty(weight.shape[:1] if need_bias else (0,)),
+    filter_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parameters = (hidden, weight, bias, lora_a, lora_b)
+    needs = (need_hidden, need_weight, need_bias, need_lora_a, need_lora_b)
+    return tuple(
+        (weight if like is None else like).new_empty(like.shape if need and like is not None else 0)
+        for need, like in zip(needs, parameters, strict=True)
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, *transform, outputs, _, backend, compute_dtype, budget = inputs
-    *_, stats, jacobian = output
-    ctx.save_for_backward(hidden, weight, targets, bias, stats, jacobian)
-    ctx.transform, ctx.settings = transform, (backend, compute_dtype, budget)
+    *tensors, lora_scale, logit_scale, softcap, temperature, outputs, _ = inputs[:12]
+    ctx.save_for_backward(*tensors, *output[-2:])
+    ctx.scalars, ctx.settings = (lora_scale, logit_scale, softcap, temperature), inputs[12:]
     ctx.outputs = outputs.split(",")
     # an output that no loss uses then arrives as None and costs nothing
     ctx.set_materialize_grads(False)
@@ -211,61 +239,57 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     # tracers hand a gradient to outputs without elements too
     grad_entropy = grads[1] if "entropy" in ctx.outputs else None
     grad_logsumexp = grads[5] if "logsumexp" in ctx.outputs else None
-    unused = (None,) * 8
+    unused = (None,) * 10
     if grad_logprob is None and grad_entropy is None and grad_logsumexp is None:
-        return (None, None, None, None, *unused)
-    hidden, weight, targets, bias, stats, jacobian = ctx.saved_tensors
-    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    d_hidden, d_weight, d_bias = linear_logprob_bwd(
+        return (None,) * 6 + unused
+    *tensors, stats, jacobian = ctx.saved_tensors
+    lora_scale, *transform = ctx.scalars
+    of_targets = 2  # their place among the arguments: they have no gradient
+    needs = list(ctx.needs_input_grad[:6])
+    del needs[of_targets]
+    found = linear_logprob_bwd(
         grad_logprob,
         grad_entropy,
         grad_logsumexp,
-        hidden,
-        weight,
-        targets,
-        bias,
+        *tensors,
+        lora_scale,
         stats,
         jacobian,
-        *ctx.transform,
-        need_hidden,
-        need_weight,
-        need_bias,
+        *transform,
+        *needs,
         *ctx.settings,
     )
-    return (
-        d_hidden if need_hidden else None,
-        d_weight if need_weight else None,
-        None,
-        d_bias if need_bias else None,
-        *unused,
-    )
+    gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
+    gradients.insert(of_targets, None)
+    return (*gradients, *unused)
 
 
 linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _forward_flops(hidden: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
-    # args: targets, bias, logit_scale, softcap, temperature, outputs, with_jacobian, ...
-    return 2 * hidden[0] * weight[0] * weight[1] * (1 + bool(args[6]))
+    # args: targets, bias, lora_a, lora_b, 4 scalars, outputs, with_jacobian, ...
+    return head_flops(hidden, weight, args[2]) * (1 + bool(args[9]))
 
 
 def _backward_flops(*args: Any, **kwargs: Any) -> int:
     only_logprob = args[1] is None and args[2] is None
-    (rows, width), vocab, jacobian = args[3], args[4][0], args[8]
+    hidden, weight, lora_a, jacobian = args[3], args[4], args[7], args[11]
     if len(jacobian) == 2 and only_logprob:
         return 0
-    return 2 * rows * width * vocab * (1 + args[12] + args[13])
+    return head_flops(hidden, weight, lora_a) + gradient_flops(hidden, weight, lora_a, args[15:20])
 
 
 def _forward_workspace(hidden: Tensor, weight: Tensor, *args: Any) -> int:
-    with_jacobian, backend, dtype, budget = args[6:]
-    size = HeadSize.of(hidden, weight, backend, dtype, budget)
+    with_jacobian, backend, dtype, budget = args[9:13]
+    size = HeadSize.of(hidden, weight, backend, dtype, budget, args[2])
     return fold_workspace(size, dtype, with_jacobian)
 
 
 def _backward_workspace(*args: Any) -> int:
-    hidden, weight, jacobian, needs, settings = args[3], args[4], args[8], args[12:15], args[15:]
-    size = HeadSize.of(hidden, weight, *settings)
+    hidden, weight, lora_a, jacobian, needs = args[3], args[4], args[7], args[11], args[15:18]
+    *settings, filter_eps = args[20:]
+    size = HeadSize.of(hidden, weight, *settings, lora_a, filter_eps)
     if jacobian.dim() == 2 and args[1] is None and args[2] is None:
         return 2 * BLOCK_ELEMENTS * size.wide_bytes
     return recompute_workspace(size, needs)
@@ -281,6 +305,7 @@ def linear_logprob(
     targets: Tensor,  # [M] int64
     bias: Tensor | None = None,  # [V]
     *,
+    lora: LoraHead | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -288,6 +313,7 @@ def linear_logprob(
     backend: str = "auto",
     compute_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    filter_eps: float | None = None,
 ) -> LinearLogprob:
     """log p(target) of every row, and other statistics of its distribution, without the logits.
 
@@ -324,15 +350,29 @@ def linear_logprob(
             non-positive factors, an unknown output, a backend that cannot run here.
         TypeError: dtypes other than those above.
     """
-    check_tensors(hidden, weight, targets, bias)
+    check_tensors(hidden, weight, targets, bias, lora)
     check_outputs(outputs, OUTPUTS)
+    check_filter(filter_eps)
     transform = resolve_transform(logit_scale, softcap, temperature)
     settings = resolve_settings(hidden, backend, compute_dtype, memory_budget)
-    head_is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
+    parameters = (weight, bias, lora_a, lora_b)
+    head_is_frozen = not any(x is not None and x.requires_grad for x in parameters)
     with_jacobian = torch.is_grad_enabled() and hidden.requires_grad and head_is_frozen
     asked = ",".join(name for name in OUTPUTS if name in outputs)
     found = linear_logprob_fwd(
-        hidden, weight, targets, bias, *transform, asked, with_jacobian, *settings
+        hidden,
+        weight,
+        targets,
+        bias,
+        lora_a,
+        lora_b,
+        float(lora_scale),
+        *transform,
+        asked,
+        with_jacobian,
+        *settings,
+        filter_eps,
     )
     logprob, entropy, squares, mean, top1, lse = found[:6]
     return LinearLogprob(

@@ -34,17 +34,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _flash_varlen
 from . import _prefix_costs as costs
 from ._device import HAS_TRITON, triton_is_interpreted
 from ._namespace import add_op_namespace_prefix
 from ._prefix_costs import register_costs
+from ._prefix_flash import backward_flash, forward_flash
 from ._prefix_passes import backward, forward
 from ._prefix_regions import Scoring, accumulate_dtype
 from ._prefix_segments import schedule_of
 
 __all__ = ["prefix_attention"]
 
-_BACKENDS = ("auto", "cpu", "torch", "triton")
+_BACKENDS = ("auto", "cpu", "flash", "torch", "triton")
 _MAX_TRITON_HEAD_SIZE = 256
 
 
@@ -66,6 +68,8 @@ def _prefix_attention_fwd(
         from ._prefix_triton import forward_triton  # optional package
 
         return forward_triton(query, key, value, sinks, schedule, scoring)
+    if backend == "flash":
+        return forward_flash(query, key, value, sinks, schedule, scoring)
     return forward(query, key, value, sinks, schedule, scoring, backend)
 
 
@@ -89,6 +93,8 @@ def _prefix_attention_bwd(
         from ._prefix_triton import backward_triton  # optional package
 
         return backward_triton(grad_out, query, key, value, out, lse, schedule, scoring)
+    if backend == "flash":
+        return backward_flash(grad_out, query, key, value, out, lse, schedule, scoring)
     return backward(grad_out, query, key, value, out, lse, schedule, scoring, backend)
 
 
@@ -198,9 +204,10 @@ def prefix_attention(
         softcap: scores become softcap·tanh(score / softcap).
         sinks: [Hq] logits added to each row's softmax denominator.
         backend: "cpu" (PyTorch's blockwise kernel per region, or one C++ call where paths are
-            short and shared), "triton", "torch" (explicit scores in row chunks, any device and
-            dtype), or "auto": "cpu" for CPU tensors, "triton" on GPUs for heads of at most 256,
-            else "torch".
+            short and shared), "triton", "flash" (flash-attn 2.8 on NVIDIA GPUs, 16 bits, heads of
+            at most 256), "torch" (explicit scores in row chunks, any device and dtype), or "auto":
+            "cpu" for CPU tensors, "triton" on GPUs for heads of at most 256, else "torch"; never
+            "flash", which copies keys, and was not measured against "triton".
 
     Returns:
         [Hq, N, Dv] in the dtype of query, laid out with tokens outermost: `out.transpose(0, 1)` is
@@ -234,6 +241,10 @@ def _resolve_backend(backend: str, query: Tensor, value: Tensor) -> str:
         if on_cpu:
             return "cpu"
         return "triton" if HAS_TRITON and is_small else "torch"
+    if backend == "flash":
+        reason = _flash_varlen.unavailable_reason(query, head_size)
+        if reason is not None:
+            raise ValueError(f"backend 'flash' {reason}; use 'auto'")
     if backend == "cpu" and not on_cpu:
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {query.device}; use 'auto'")
     if backend == "triton":

@@ -5,10 +5,22 @@ These materialise everything and are slow; tests evaluate them in float64 and ca
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-__all__ = ["linear_cross_entropy", "linear_logprob", "prefix_attention", "rms_norm", "swiglu"]
+__all__ = [
+    "dora_linear",
+    "dora_weight_norm",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "lora_linear",
+    "preference_logratio",
+    "prefix_attention",
+    "rms_norm",
+    "swiglu",
+]
 
 
 def logits(
@@ -19,9 +31,15 @@ def logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """`softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`, [M, V]."""
-    z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    """`softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`, [M, V]; an adapter makes
+    W + s B A of W."""
+    y = torch.nn.functional.linear(hidden, weight, bias)
+    if lora is not None:
+        lora_a, lora_b, lora_scale = lora  # [r, H], [V, r]
+        y = y + lora_scale * (hidden @ lora_a.T @ lora_b.T)
+    z = y * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z / temperature
@@ -36,10 +54,17 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> dict[str, Tensor]:
     """Every output of `fastpost_kernels.linear_logprob`, each [M]; unscored rows are zero."""
     z = logits(
-        hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+        hidden,
+        weight,
+        bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        lora=lora,
     )
     scored = targets != -100
     log_p = z - z.logsumexp(-1, keepdim=True)
@@ -56,6 +81,53 @@ def linear_logprob(
     return {name: value.where(scored, torch.zeros_like(value)) for name, value in outputs.items()}
 
 
+def preference_logratio(
+    hidden: Tensor,  # [M, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [M]
+    cu_seqlens: Tensor,  # [S + 1], from 0 to N
+    ref_logprob: Tensor,  # [N], the reference's of each place
+    bias: Tensor | None = None,  # [V]
+    *,
+    places: Tensor | None = None,  # [N], the row at each place
+    token_weights: Tensor | None = None,  # [N]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """The differentiable outputs of `fastpost_kernels.preference_logratio`, and `num_tokens`."""
+    logprob = linear_logprob(
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )["logprob"]
+    places = torch.arange(len(targets)) if places is None else places
+    weights = torch.ones(len(places)) if token_weights is None else token_weights
+    bounds = list(pairwise(cu_seqlens.tolist()))
+    half = len(bounds) // 2
+
+    def sums(values: Tensor) -> Tensor:
+        return torch.stack([values.new_zeros(()), *(values[a:b].sum() for a, b in bounds)])[1:]
+
+    logps = sums(logprob[places] * weights.to(logprob))
+    ref_logps = sums(ref_logprob * weights.to(ref_logprob))
+    num_tokens = sums((targets[places] != -100).to(logprob))
+    logratios = logps - ref_logps
+    return {
+        "logps": logps,
+        "mean_logps": logps / num_tokens.clamp(min=1),
+        "ref_logps": ref_logps,
+        "logratios": logratios,
+        "margins": logratios[:half] - logratios[half:],
+        "num_tokens": num_tokens,
+        "logprob": logprob,
+    }
+
+
 def linear_cross_entropy(
     hidden: Tensor,  # [M, H]
     weight: Tensor,  # [V, H]
@@ -67,10 +139,17 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """Sum over scored rows of cross-entropy (torch's label smoothing) + z_loss * logsumexp^2."""
     z = logits(
-        hidden, weight, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+        hidden,
+        weight,
+        bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        lora=lora,
     )
     loss = torch.nn.functional.cross_entropy(
         z, targets, reduction="sum", label_smoothing=label_smoothing
@@ -119,3 +198,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [..., H], [H]
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # [..., I] each
     """`silu(gate) * up`."""
     return gate * torch.sigmoid(gate) * up
+
+
+def lora_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    a: Tensor,  # [r, K]
+    b: Tensor,  # [N, r]
+    scale: float,
+    kept: Tensor | None = None,  # [..., K], 1 / (1 - p) or 0: dropout on the adapter's input
+) -> Tensor:
+    """`x W^T + bias + scale (kept x A^T) B^T`."""
+    dropped = x if kept is None else x * kept
+    return torch.nn.functional.linear(x, weight, bias) + scale * (dropped @ a.T @ b.T)
+
+
+def dora_weight_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`||W + scale B A||` of every row, [N]."""
+    return torch.linalg.vector_norm(weight + scale * (b @ a), dim=1)
+
+
+def dora_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    a: Tensor,  # [r, K]
+    b: Tensor,  # [N, r]
+    scale: float,
+    magnitude: Tensor,  # [N]
+    weight_norm: Tensor,  # [N], a constant
+    kept: Tensor | None = None,  # [..., K]
+) -> Tensor:
+    """`magnitude / weight_norm * (x W^T + scale (kept x A^T) B^T) + bias`."""
+    y = magnitude / weight_norm * lora_linear(x, weight, None, a, b, scale, kept)
+    return y if bias is None else y + bias

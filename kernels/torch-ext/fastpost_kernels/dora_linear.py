@@ -1,0 +1,234 @@
+"""A linear layer with a DoRA adapter: magnitude and direction of the weight, without forming it.
+
+    y  = m / n * (x W^T + s u B^T) + bias,   u = drop(x) A^T,   n_j = ||W + s B A||_j  (row j)
+    dz = m / n * dy,   dm = 1 / n * sum over rows of dy z,   n is a constant (paper, section 4.3)
+
+Strategy. z = x W^T + s u B^T is `lora_linear`, or `nf4_linear` for a 4-bit weight; one pass scales
+its columns and adds the bias, and one pass backwards makes dz and the sums for dm. PEFT runs an
+identity matrix through A and B to get B A, adds it to a (dequantised) copy of W and takes the norm,
+at every call.
+The norm here is factored:
+
+    n^2 = ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>      per row
+
+||W||^2 is a constant of the frozen weight; the rest costs 2 N K r FLOPs, once per optimizer step
+instead of once per micro-batch. The sum cancels where W + sBA almost vanishes: rows that lose
+more than CANCELLATION of their terms are computed from W + sBA itself, row by row.
+Rejected: folding m / n into W or into the GEMM's epilogue: dm needs z, so both are written anyway.
+
+FLOPs: those of `lora_linear`; 2 r (N K + r (N + K)) per norm. Kept for the backward beyond
+`lora_linear`: z [M, N] (PEFT keeps two such). Legend: M rows, K inputs, N outputs, r rank.
+Source: Liu et al., "DoRA" (arXiv:2402.09353), equations 5, 6 and 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._adapter_passes import column_scale_backward, column_scale_forward
+from ._cost import register_costs
+from ._device import resolve_backend
+from ._layer_passes import rows_of
+from ._namespace import add_op_namespace_prefix
+from ._nf4_format import Nf4Weight, absmax_of
+from ._nf4_unpack import WeightTiles
+from ._vocab_tiles import statistics_dtype
+from .lora_linear import lora_linear
+from .nf4_linear import nf4_linear
+
+__all__ = ["dora_linear", "dora_weight_norm", "row_square_norms"]
+
+# A norm^2 below this share of its positive terms has lost the digits of 16-bit products.
+CANCELLATION = 2**-4
+
+
+@torch.library.custom_op(add_op_namespace_prefix("column_scale_fwd"), mutates_args=())
+def column_scale_fwd(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """z [M, N] * scale [N] + bias [N]."""
+    backend = resolve_backend(backend, z.device, z.dtype)
+    with torch.cuda.device_of(z):
+        return column_scale_forward(z, scale, bias, backend)
+
+
+@column_scale_fwd.register_fake
+def _(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("column_scale_bwd"), mutates_args=())
+def column_scale_bwd(
+    grad: Tensor, z: Tensor, scale: Tensor, need_z: bool, need_scale: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """d z and d scale; the one not needed has no elements."""
+    backend = resolve_backend(backend, z.device, z.dtype)
+    with torch.cuda.device_of(z):
+        d_z, d_scale = column_scale_backward(
+            grad, z if need_scale else None, scale, need_z, backend
+        )
+    return (
+        z.new_empty(0) if d_z is None else d_z,
+        scale.new_empty(0) if d_scale is None else d_scale,
+    )
+
+
+@column_scale_bwd.register_fake
+def _(
+    grad: Tensor, z: Tensor, scale: Tensor, need_z: bool, need_scale: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return (
+        z.new_empty(z.shape if need_z else (0,)),
+        scale.new_empty(scale.shape if need_scale else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, scale, bias, ctx.backend = inputs
+    ctx.save_for_backward(z, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    z, scale = ctx.saved_tensors
+    need_z, need_scale, need_bias, _ = ctx.needs_input_grad
+    d_z, d_scale = column_scale_bwd(grad, z, scale, need_z, need_scale, ctx.backend)
+    return (
+        d_z if need_z else None,
+        d_scale if need_scale else None,
+        grad.sum(0, dtype=ctx.bias_dtype) if need_bias else None,
+        None,
+    )
+
+
+column_scale_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_flops(*args: Any, **kwargs: Any) -> int:
+    return 0  # torch's counter counts multiplications of matrices only
+
+
+def _forward_workspace(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> int:
+    wide = 2 * z.numel() * scale.itemsize if backend == "torch" else 0
+    return wide + _row_copies(z) + 2 * scale.numel() * scale.itemsize
+
+
+def _backward_workspace(
+    grad: Tensor, z: Tensor, scale: Tensor, need_z: bool, need_scale: bool, backend: str
+) -> int:
+    wide = 3 * z.numel() * scale.itemsize if backend == "torch" else 0
+    partials = (len(z) // 512 + 1) * scale.numel() * scale.itemsize
+    return wide + partials + _row_copies(grad, z)
+
+
+def _row_copies(*matrices: Tensor) -> int:
+    return sum(m.numel() * m.itemsize for m in matrices if rows_of(m) is not m)
+
+
+register_costs(column_scale_fwd, flops=_no_flops, workspace=_forward_workspace)
+register_costs(column_scale_bwd, flops=_no_flops, workspace=_backward_workspace)
+
+
+@torch.no_grad()
+def dora_weight_norm(
+    weight: Tensor | Nf4Weight,  # [N, K]
+    a: Tensor,  # [r, K]
+    b: Tensor,  # [N, r]
+    scale: float,
+    square_norm: Tensor | None = None,  # [N]
+) -> Tensor:
+    """`||W + scale B A||` of every row, [N] in float32 (float64 for float64), without gradient.
+
+    Args:
+        weight, a, b: of any floating dtypes. W A^T is multiplied in the weight's dtype (that of
+            `a`, at least bfloat16, for a 4-bit one, unpacked tile by tile), all else in float32.
+        scale: alpha / r.
+        square_norm: ||W||^2 of every row, [N] in float32, where the caller keeps it; computed here
+            if None.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    outputs, inputs = weight.shape
+    if a.dim() != 2 or a.shape[1] != inputs or b.shape != (outputs, a.shape[0]):
+        raise ValueError(
+            f"weight is [N={outputs}, K={inputs}]: expected a [r, {inputs}] and "
+            f"b [{outputs}, {len(a)}], got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if square_norm is None:
+        square_norm = row_square_norms(weight)
+    wide = square_norm.dtype
+    a_wide, b_wide = a.to(wide), b.to(wide)
+    squares = torch.empty_like(square_norm)
+    gram = a_wide @ a_wide.t()
+    for part, rows in _row_tiles(weight, a.dtype):
+        b_rows = b_wide[part]
+        cross = ((rows @ a.to(rows.dtype).t()).to(wide) * b_rows).sum(1)
+        terms = square_norm[part] + scale * scale * ((b_rows @ gram) * b_rows).sum(1)
+        found = terms + 2 * scale * cross
+        lost = found < CANCELLATION * terms
+        if bool(lost.any()):
+            exact = rows[lost].to(wide) + scale * (b_rows[lost] @ a_wide)
+            found[lost] = exact.square().sum(1)
+        squares[part] = found
+    return squares.sqrt()
+
+
+@torch.no_grad()
+def row_square_norms(weight: Tensor | Nf4Weight) -> Tensor:
+    """||W||^2 of every row, [N] in float32 (float64 for float64): what a layer may keep."""
+    norms = [
+        torch.linalg.vector_norm(rows, dim=1, dtype=statistics_dtype(rows.dtype)).square()
+        for _, rows in _row_tiles(weight, torch.float32)
+    ]
+    return torch.cat(norms)
+
+
+def _row_tiles(weight: Tensor | Nf4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows [n, K] of `weight` with their places; a 4-bit one is unpacked in `dtype`."""
+    if isinstance(weight, Tensor):
+        return iter([(slice(0, len(weight)), weight)])
+    backend = resolve_backend("auto", weight.packed.device, dtype)
+    plain = (weight.packed, absmax_of(weight), weight.shape, weight.block_size)
+    return WeightTiles(*plain, dtype, backend).by_rows()
+
+
+def dora_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor | Nf4Weight,  # [N, K]
+    bias: Tensor | None,  # [N]
+    a: Tensor,  # [r, K]
+    b: Tensor,  # [N, r]
+    scale: float,
+    magnitude: Tensor,  # [N]
+    weight_norm: Tensor,  # [N]
+    *,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`magnitude / weight_norm * (x W^T + scale (dropout(x) A^T) B^T) + bias`, [..., N].
+
+    Args:
+        magnitude: m [N], trained.
+        weight_norm: n [N], from `dora_weight_norm`: a constant of the step.
+        The others as in `lora_linear`. With dropout PEFT drops the input of W and A alike; here, as
+            in the paper, only the adapter's.
+
+    Raises:
+        ValueError, TypeError: as `lora_linear`; a magnitude or norm that is not [N].
+    """
+    for name, vector in (("magnitude", magnitude), ("weight_norm", weight_norm)):
+        if vector.shape != (weight.shape[0],):
+            raise ValueError(f"expected {name} [{weight.shape[0]}], got {tuple(vector.shape)}")
+    drop = {"dropout_p": dropout_p, "seed": seed}
+    if isinstance(weight, Nf4Weight):
+        z = nf4_linear(x, weight, a=a, b=b, scale=scale, backend=backend, **drop)
+    else:
+        z = lora_linear(x, weight, None, a, b, scale, backend=backend, **drop)
+    wide = statistics_dtype(z.dtype)
+    column = magnitude.to(wide) / weight_norm.detach().to(wide)
+    flat = z.view(-1, z.shape[-1])
+    return column_scale_fwd(flat, column, bias, backend).view(z.shape)

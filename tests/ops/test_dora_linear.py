@@ -1,0 +1,180 @@
+"""dora_linear and its norm against the float64 reference; cancellation; the ops around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastpost_kernels import _adapter_passes as passes
+from fastpost_kernels import dora_linear, dora_weight_norm, reference
+from fastpost_kernels._philox import random_words, threshold_of
+from fastpost_kernels.dora_linear import column_scale_bwd, column_scale_fwd
+from fastpost_kernels.testing import assert_close_to_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+BACKENDS = [
+    pytest.param("torch", FP64, id="torch-fp64"),
+    pytest.param("torch", FP32, id="torch-fp32"),
+    pytest.param("cpp", FP32, id="cpp-fp32"),
+    pytest.param("cpp", BF16, id="cpp-bf16"),
+    pytest.param("triton", FP32, id="triton-fp32"),
+    pytest.param("triton", BF16, id="triton-bf16"),
+]
+NAMES = ("x", "bias", "a", "b", "magnitude")
+
+
+def problem(
+    rows: int, inputs: int, outputs: int, rank: int, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Tensor]:
+    shapes = {
+        "x": (rows, inputs),
+        "weight": (outputs, inputs),
+        "bias": (outputs,),
+        "a": (rank, inputs),
+        "b": (outputs, rank),
+        "magnitude": (outputs,),
+    }
+    tensors = {name: torch.randn(*shape).to(dtype) for name, shape in shapes.items()}
+    return tensors, torch.randn(rows, outputs).to(dtype)
+
+
+def results(f: Callable[..., Tensor], tensors: dict[str, Tensor], grad: Tensor, **options: Any):
+    """y and the gradients of NAMES."""
+    leaves = {name: t.detach().requires_grad_(name != "weight") for name, t in tensors.items()}
+    norm = dora_weight_norm(*(tensors[k].double() for k in ("weight", "a", "b")), 0.5)
+    y = f(**leaves, scale=0.5, weight_norm=norm.to(grad.dtype), **options)
+    return [y.detach(), *torch.autograd.grad(y, [leaves[name] for name in NAMES], grad)]
+
+
+def assert_matches(got, tensors, grad, dtype, kept: Tensor | None = None) -> None:
+    truth, rough = (
+        results(
+            reference.dora_linear,
+            {name: t.to(kind) for name, t in tensors.items()},
+            grad.to(kind),
+            kept=None if kept is None else kept.to(kind),
+        )
+        for kind in (FP64, dtype)
+    )
+    for name, *values in zip(("y", *NAMES), got, truth, rough, strict=True):
+        assert_close_to_reference(*values, dtype, name)
+
+
+@pytest.mark.parametrize("shape", [(5, 24, 40, 4), (600, 9, 33, 2)])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_matches_reference(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensors, grad = problem(*shape, dtype)
+    got = results(dora_linear, tensors, grad, backend=backend)
+    assert all(t.dtype == dtype for t in got)
+    assert_matches(got, tensors, grad, dtype)
+
+
+def test_dropout_is_the_adapters_alone() -> None:
+    tensors, grad = problem(21, 75, 30, 4, FP32)
+    kept = (random_words(11, 21, 75) >= threshold_of(0.35)).double() / 0.65
+    got = results(dora_linear, tensors, grad, dropout_p=0.35, seed=11)
+    assert_matches(got, tensors, grad, FP32, kept)
+
+
+@given(
+    rows=st.sampled_from([0, 1, 15, 16, 17, 1025]),
+    width=st.sampled_from([1, 31, 255, 257]),
+    dtype=st.sampled_from([FP32, BF16]),
+    backend=st.sampled_from(["cpp", "triton"]),
+)
+def test_column_scale_on_ragged_shapes(
+    rows: int, width: int, dtype: torch.dtype, backend: str
+) -> None:
+    z, grad = torch.randn(2, rows, width).to(dtype)
+    scale, bias = torch.randn(2, width)
+    y = passes.column_scale_forward(z, scale, bias, backend)
+    d_z, d_scale = passes.column_scale_backward(grad, z, scale, True, backend)
+    right = {
+        "y": (y, z.double() * scale + bias),
+        "d z": (d_z, grad.double() * scale),
+        "d scale": (d_scale, (grad.double() * z).sum(0)),
+    }
+    for name, (got, truth) in right.items():
+        kind = FP32 if name == "d scale" else dtype
+        assert_close_to_reference(got, truth, truth.to(kind), kind, name)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2], ids=["portable", "avx2", "avx512"])
+def test_column_scale_on_every_instruction_set(level: int) -> None:
+    z, grad = torch.randn(2, 40, 93).to(BF16)
+    scale = torch.randn(93)
+    y = passes.column_scale_forward(z, scale, None, "cpp", level)
+    d_z, d_scale = passes.column_scale_backward(grad, z, scale, True, "cpp", level)
+    torch.testing.assert_close(y, (z * scale).to(BF16))
+    torch.testing.assert_close(d_z, (grad * scale).to(BF16))
+    torch.testing.assert_close(d_scale, (grad.float() * z).sum(0))
+
+
+def test_sums_do_not_depend_on_threads() -> None:
+    z, grad = torch.randn(2, 3000, 70)
+    scale, threads = torch.randn(70), torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(passes.column_scale_backward(grad, z, scale, False, "cpp")[1])
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_norm(dtype: torch.dtype, size: float) -> None:
+    """Of adapters far smaller and far larger than the weight."""
+    weight, a, b = torch.randn(50, 96), torch.randn(8, 96), size * torch.randn(50, 8)
+    weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
+    truth = reference.dora_weight_norm(weight.double(), a.double(), b.double(), 2.0)
+    got = dora_weight_norm(weight, a, b, 2.0)
+    assert got.dtype == (FP64 if dtype == FP64 else FP32)
+    rtol = {FP64: 1e-12, FP32: 1e-6, BF16: 2**-9}[dtype]
+    torch.testing.assert_close(got.double(), truth, rtol=rtol, atol=0)
+    kept = torch.linalg.vector_norm(weight, dim=1, dtype=got.dtype).square()
+    torch.testing.assert_close(dora_weight_norm(weight, a, b, 2.0, kept), got)
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
+@pytest.mark.parametrize("left", [0.3, 0.1, 1e-2, 1e-3])
+def test_norm_where_the_adapter_takes_the_weight_away(dtype: torch.dtype, left: float) -> None:
+    """W = -s B A + a little: the factored sum alone would keep none of the digits."""
+    a, b = torch.randn(4, 64).to(dtype).double(), torch.randn(20, 4).to(dtype).double()
+    weight = (-0.5 * b @ a + left * torch.randn(20, 64).double()).to(dtype)
+    truth = reference.dora_weight_norm(weight.double(), a, b, 0.5)
+    got = dora_weight_norm(weight, a.to(dtype), b.to(dtype), 0.5)
+    rtol = {FP64: 1e-10, FP32: 1e-3 if left < 0.01 else 1e-4, BF16: 0.02}[dtype]
+    torch.testing.assert_close(got.double(), truth, rtol=rtol, atol=0)
+
+
+def test_one_row_that_vanishes_is_zero() -> None:
+    a, b = torch.eye(4), torch.eye(4)
+    weight = torch.eye(4)
+    weight[2, 2] = -1.0
+    assert dora_weight_norm(weight, a, b, 1.0).tolist() == [2.0, 2.0, 0.0, 2.0]
+
+
+def test_opcheck() -> None:
+    z, grad = torch.randn(2, 5, 7)
+    scale, bias = torch.randn(2, 7)
+    inputs = [t.requires_grad_() for t in (z.clone(), scale, bias)]
+    torch.library.opcheck(column_scale_fwd, (*inputs, "auto"))
+    torch.library.opcheck(column_scale_bwd, (grad, z, scale.detach(), True, True, "auto"))
+
+
+def test_refuses() -> None:
+    tensors, _ = problem(3, 8, 6, 2, FP32)
+    with pytest.raises(ValueError, match=r"expected magnitude \[6\], got \(5,\)"):
+        changed = tensors | {"magnitude": torch.ones(5)}
+        dora_linear(**changed, scale=1.0, weight_norm=torch.ones(6))
+    with pytest.raises(ValueError, match=r"expected a \[r, 8\] and b \[6, 2\]"):
+        dora_weight_norm(tensors["weight"], tensors["a"], torch.ones(6, 3), 1.0)

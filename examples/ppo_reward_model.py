@@ -2,12 +2,13 @@
 
     python examples/ppo_reward_model.py
 
-A reward model learns to rank sorted lists above worse answers (`reward_model.py` beside this file);
-then SmolLM2-135M, with a LoRA adapter and a value head on its hidden states, learns to please it.
-Pass `--reward-model DIR` to use one that is there. Two plain measures are taken too and never
-trained on, whether a reply is the sorted list and whether it has the right numbers in any order:
-they say whether the reward model is pleased for the right reason. All are means over sampled
-answers to held-out problems, which neither model was trained on.
+A reward model learns to rank the replies of a model that is asked to sort numbers
+(`ranking_reward_model.py` beside this file); then SmolLM2-135M, with a LoRA adapter and a value
+head on its hidden states, learns to please it. Pass `--reward-model DIR` to use one that is there.
+Two plain measures are taken too and never trained on, whether a reply is the sorted list and
+whether it has the right numbers in any order: they say whether the reward model is pleased for the
+right reason. All are means over sampled answers to held-out problems, which neither model was
+trained on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from typing import Any
 
+import ranking_reward_model as ranking
 import reward_model as sorting
 import torch
 from datasets import Dataset
@@ -30,8 +32,8 @@ from fastpost.demo.smollm2 import smollm2_path
 def prompts(count: int, seed: int, *, held_out: bool) -> Dataset:
     return Dataset.from_list(
         [
-            {"prompt": sorting.question(entry), "answer": sorting.numbers(entry, "sorted")}
-            for entry in sorting.problems(count, seed, held_out=held_out)
+            {"prompt": ranking.prompt(entry), "answer": sorting.numbers(entry, "sorted")}
+            for entry in ranking.problems(count, seed, held_out=held_out)
         ]
     )
 
@@ -54,7 +56,7 @@ def _reply(completion: list[dict[str, str]]) -> str:
 
 
 def train(
-    reward_model: str, output: str, *, rollouts: int = 12, num_held_out: int = 64, seed: int = 0
+    reward_model: str, output: str, *, rollouts: int = 12, num_held_out: int = 96, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train, and return the figures of the held-out problems before and after."""
     torch.manual_seed(seed)
@@ -65,8 +67,9 @@ def train(
         args=PPOConfig(
             output,
             reward_weights=[1.0, 0.0, 0.0],  # the last two are only looked at
-            # A rollout: 8 answers to each of 6 problems, learnt from in 2 passes of 2 steps.
-            num_generations=8,
+            # A rollout: 4 answers to each of 12 problems, learnt from in 2 passes of 2 steps. Many
+            # problems, because a score says a lot about its problem before the critic knows it.
+            num_generations=4,
             per_device_train_batch_size=24,
             num_mini_batches=2,
             num_ppo_epochs=2,
@@ -90,7 +93,7 @@ def train(
             report_to=[],
             seed=seed,
         ),
-        train_dataset=prompts(6 * rollouts, seed + 3, held_out=False),
+        train_dataset=prompts(12 * rollouts, seed + 3, held_out=False),
         eval_dataset=prompts(num_held_out, seed + 4, held_out=True),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(
@@ -117,7 +120,7 @@ def main() -> None:
         reward_model = options.reward_model
         if reward_model is None:
             reward_model = f"{scratch}/reward-model"
-            sorting.train(reward_model, num_problems=240, num_held_out=50, seed=options.seed)
+            ranking.train(reward_model, num_problems=160, num_held_out=50, seed=options.seed)
         before, after = train(
             reward_model,
             options.output or f"{scratch}/policy",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpost import attention, layers
+from fastpost.adapted_layers import unfused_adapters
 from fastpost.packing import PackPlan, UnpackableBatchError, pack
 from fastpost.scored_output import TokenStats
 
@@ -79,8 +80,7 @@ class PackedBackbone(ABC):
         self._is_attached = self.unpackable_reason is None
         if self._is_attached:
             attention.attach(model)
-        # On GPUs fused layers come with the model (`use_kernels=True`) or from Liger.
-        self.fused_layers = layers.attach(model) if model.device.type == "cpu" else []
+        self.fused_layers = layers.attach(model)
         self._had_forward = "forward" in model.__dict__
         self._original_forward: Callable[..., Any] = model.forward
         self._forward = types.MethodType(self._make_forward(type(model).forward), model)
@@ -137,6 +137,8 @@ class PackedBackbone(ABC):
             f"  self-check: {self.self_check}",
             f"  packed forwards: {self.packed_forwards}; fused layers: {len(self.fused_layers)}",
         ]
+        for reason, count in unfused_adapters(self.model).items():
+            lines.append(f"  adapted layers on PEFT's own forward: {count}, {reason}")
         stats = self.stats
         if stats.padded_tokens:
             lines.append(

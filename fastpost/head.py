@@ -103,7 +103,7 @@ class Head:
     def rows(
         self, model: PreTrainedModel, hidden: Tensor, targets: Tensor, places: Tensor | None
     ) -> HeadRows:
-        """Rows in front of this model's head, on its device.
+        """Rows in front of this model's head, on its device; see `is_plain_head`.
 
         Raises:
             ValueError: an adapter is in force on lm_head.
@@ -148,6 +148,14 @@ class Head:
             "compute_dtype": compute_dtype,
             "memory_budget": self.memory_budget,
         }
+
+
+def is_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the head is whole on this process, and no adapter is in force on it."""
+    lm_head: Any = model.get_output_embeddings()
+    lm_head = getattr(lm_head, "base_layer", lm_head)
+    tensors = (lm_head.weight, getattr(lm_head, "bias", None))
+    return _adapter(model) is None and not any(isinstance(t, DTensor) for t in tensors)
 
 
 def unscorable_reason(model: PreTrainedModel) -> str | None:
@@ -232,4 +240,4 @@ def _whole(tensor: Any) -> Tensor:
     return tensor
 
 
-__all__ = ["Head", "unscorable_reason"]
+__all__ = ["Head", "is_plain_head", "unscorable_reason"]

@@ -1,7 +1,9 @@
-"""Fused forwards for the layers of a transformer on CPUs: RMSNorm, the gated MLP, linear layers.
+"""Fused forwards for the layers of a transformer: RMSNorm, the gated MLP, linear and adapted ones.
 
 `attach(model)` gives modules of the classes below, and plain `nn.Linear`, an instance `forward`
-that runs `fastpost_kernels.rms_norm`, `swiglu` or `linear`; `detach(model)` takes it away again.
+that runs `fastpost_kernels.rms_norm`, `swiglu` or `linear`, and PEFT's layers that of
+`adapted_layers`; `detach(model)` takes it away again. On GPUs the first three come with the model
+(`use_kernels=True`) or from Liger: there only the adapted layers get theirs.
 Where those cannot serve (tensors elsewhere, mixed dtypes, another activation) the replaced forward
 computes what the class's own does. Submodules are called as modules, so adapters and hooks on them
 keep working. A deep copy of an attached model is attached itself, to its own weights.
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost import adapted_layers
 from fastpost_kernels import linear, rms_norm, swiglu
 
 __all__ = ["GATED_MLPS", "RMS_NORMS", "attach", "detach"]
@@ -78,8 +81,11 @@ def attach(model: nn.Module) -> list[str]:
         The names of the modules that got one, as in `model.named_modules()`.
     """
     attached = []
+    is_on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     for name, module in model.named_modules():
-        forward = _fused_forward(module)
+        forward = _adapted_forward_for(module)
+        if forward is None and is_on_cpu:
+            forward = _fused_forward(module)
         if forward is not None and "forward" not in module.__dict__:
             module.__dict__["forward"] = types.MethodType(forward, module)
             attached.append(name)
@@ -90,7 +96,7 @@ def detach(model: nn.Module) -> None:
     """Takes the fused forwards away; forwards that others put in their place since stay."""
     for module in model.modules():
         forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        if forward in (_rms_norm_forward, _gated_mlp_forward, _linear_forward):
+        if forward is not None and forward in _FORWARDS + (_adapted_forward_for(module),):
             del module.__dict__["forward"]
 
 
@@ -130,7 +136,8 @@ def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _gated_mlp_forward(self: Any, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
+    shared = adapted_layers.group_forward([self.gate_proj, self.up_proj], x)
+    gate, up = shared or (self.gate_proj(x), self.up_proj(x))
     is_plain = gate.shape == up.shape and _is_plain_silu(self.act_fn)
     if is_plain and _is_served(_MIN_GATE_ELEMENTS, gate, up):
         return self.down_proj(swiglu(gate, up))
@@ -154,6 +161,9 @@ def _is_plain_silu(activation: nn.Module) -> bool:
     is_silu = _class_name(activation) in _SILUS and "forward" not in activation.__dict__
     return is_silu and not any(hooks)
 
+
+_adapted_forward_for = adapted_layers.forward_for
+_FORWARDS = (_rms_norm_forward, _gated_mlp_forward, _linear_forward)
 
 # Pickle stores a bound method as its name, to be looked up in the class on loading.
 _rms_norm_forward.__name__ = _gated_mlp_forward.__name__ = _linear_forward.__name__ = "forward"

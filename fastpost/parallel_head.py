@@ -11,8 +11,9 @@ the processes along it compute:
     or none              gradients are averaged, as FSDP2 does inside its units
 
 A tensor-parallel dimension under another name is gathered like the rest: right as well, since the
-ranks' equal gradients are their own average, but without the saving. A plain tensor goes to the
-plain kernel: FSDP2 gives one behind the backbone, where it has gathered the head.
+ranks' equal gradients are their own average, but without the saving. So is every head with a LoRA
+adapter. A plain tensor goes to the plain kernel: FSDP2 gives one behind the backbone, where it has
+gathered the head.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from fastpost_kernels import (
     LinearCrossEntropy,
     LinearLogprob,
+    LoraHead,
     linear_cross_entropy,
     linear_logprob,
     vocab_parallel_logprob,
@@ -39,6 +41,8 @@ def parallel_linear_logprob(
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [M] int64
     bias: Tensor | None = None,  # [V]
+    *,
+    lora: LoraHead | None = None,
     **options: Any,
 ) -> LinearLogprob:
     """`fastpost_kernels.linear_logprob` of a head whose weight and bias may be DTensors.
@@ -47,15 +51,16 @@ def parallel_linear_logprob(
         hidden: this process's rows, a plain tensor; the same on all ranks of a "tp" dimension.
         weight, bias: plain, or DTensors of any placement but Partial; see above.
         targets: as for `linear_logprob`, in the whole vocabulary.
+        lora: an adapter of plain tensors; the weight is then gathered.
         options: those of `linear_logprob`; over a vocabulary in parts, of `vocab_parallel_logprob`.
 
     Raises:
         TypeError: `hidden` is a DTensor.
         ValueError: a Partial weight, a bias spread unlike the weight, and what the kernels refuse.
     """
-    head = _held(hidden, weight, bias)
+    head = _held(hidden, weight, bias, may_split=lora is None)
     if head.group is None:
-        return linear_logprob(hidden, head.weight, targets, head.bias, **options)
+        return linear_logprob(hidden, head.weight, targets, head.bias, lora=lora, **options)
     return _score_parts(hidden, head, targets, options)
 
 
@@ -65,6 +70,7 @@ def parallel_linear_cross_entropy(
     targets: Tensor,  # [M] int64
     bias: Tensor | None = None,  # [V]
     *,
+    lora: LoraHead | None = None,
     num_items: Tensor | float | None = None,
     **options: Any,
 ) -> LinearCrossEntropy:
@@ -72,10 +78,10 @@ def parallel_linear_cross_entropy(
 
     Over a vocabulary in parts it is made of log-probs: label smoothing and z-loss are refused.
     """
-    head = _held(hidden, weight, bias)
+    head = _held(hidden, weight, bias, may_split=lora is None)
     if head.group is None:
         return linear_cross_entropy(
-            hidden, head.weight, targets, head.bias, num_items=num_items, **options
+            hidden, head.weight, targets, head.bias, lora=lora, num_items=num_items, **options
         )
     found = _score_parts(hidden, head, targets, options)
     count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
@@ -115,14 +121,14 @@ def _score_parts(
     return LinearLogprob(*found)
 
 
-def _held(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Held:
+def _held(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, may_split: bool) -> _Held:
     if isinstance(hidden, DTensor):
         raise TypeError(
             "hidden is a DTensor: expected this process's own rows as a plain tensor; use "
             "hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])"
         )
     vocab = weight.shape[0]
-    split = _vocabulary_dim(weight) if isinstance(weight, DTensor) else None
+    split = _vocabulary_dim(weight) if may_split and isinstance(weight, DTensor) else None
     if split is None or not isinstance(weight, DTensor):
         return _Held(_gather(weight), None if bias is None else _gather(bias), vocab)
     mesh = weight.device_mesh

@@ -6,7 +6,8 @@
 The reference runs first, so what its forward needs is gone before the policy's activations are kept
 for the backward. Where it is the policy with its adapter off, its rows wait for the policy's and
 both go over their one head together. A reference with a head of its own has nothing to share, and
-is summed at once: sums are fewer numbers than rows.
+is summed at once: sums are fewer numbers than rows. A policy whose head the kernel does not take
+(an adapter on it, a weight spread over processes) is scored by `Head.score`, and summed here.
 
 Both classes are scorers for `Engine.scored_by`. Legend: U distinct rows, M scored places, S
 sequences, chosen before rejected.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastpost.head import Head
+from fastpost.head import Head, is_plain_head
 from fastpost.scoring import DistinctRows
 from fastpost_kernels import HeadRows, LinearLogprob, PreferenceLogratio
 
@@ -69,17 +70,43 @@ class PairScorer:
         return self._scores
 
     def __call__(self, model: PreTrainedModel, rows: DistinctRows, outputs: tuple[str, ...]) -> Any:
-        policy = self._head.rows(model, rows.hidden, rows.targets, rows.places)
-        seq_lens = rows.seq_lens.to(policy.hidden.device)
-        weights = None
+        seq_lens, weights = rows.seq_lens, None
         if self._ld_alpha is not None:
             weights = length_desensitised_weights(seq_lens, self._ld_alpha)
         cu_seqlens = torch.cat([seq_lens.new_zeros(1), seq_lens.cumsum(0)])
-        found = self._head.logratio(policy, self._reference, cu_seqlens, weights, outputs)
-        self._scores = found
-        return LinearLogprob(
-            found.logprob,
-            **{name: getattr(found, name) for name in outputs},
+        if not is_plain_head(model):
+            found = self._head.score(model, rows.hidden, rows.targets, outputs)
+            self._scores = self._summed(found.logprob, rows, cu_seqlens, weights)
+            return found
+        policy = self._head.rows(model, rows.hidden, rows.targets, rows.places)
+        cu_seqlens = cu_seqlens.to(policy.hidden.device)
+        weights = None if weights is None else weights.to(policy.hidden.device)
+        scores = self._head.logratio(policy, self._reference, cu_seqlens, weights, outputs)
+        self._scores = scores
+        return LinearLogprob(scores.logprob, **{name: getattr(scores, name) for name in outputs})
+
+    def _summed(
+        self, logprob: Tensor, rows: DistinctRows, cu_seqlens: Tensor, weights: Tensor | None
+    ) -> PreferenceLogratio:
+        """What the kernel returns, from log-probs `[U]` of rows."""
+        if not isinstance(self._reference, Tensor):
+            raise ValueError("rows of a reference need a policy with a plain head; pass its sums")
+        values = logprob if rows.places is None else logprob[rows.places.to(logprob.device)]
+        values = values.double() if weights is None else values.double() * weights.to(values.device)
+        offsets = cu_seqlens.to(values.device)
+        logps = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True).to(logprob.dtype)
+        ref_logps = self._reference.to(logps)
+        num_tokens = rows.seq_lens.to(logps.device)
+        logratios = logps - ref_logps
+        chosen, rejected = logratios.chunk(2)
+        return PreferenceLogratio(
+            logps,
+            logps / num_tokens.clamp(min=1),
+            ref_logps,
+            logratios,
+            chosen - rejected,
+            num_tokens,
+            logprob,
         )
 
 

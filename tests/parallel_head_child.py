@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -27,6 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from fastpost.parallel_head import parallel_linear_cross_entropy, parallel_linear_logprob
+from fastpost.scoring import accelerate_model
+from fastpost_kernels import LoraHead
 
 VOCAB, WIDTH, ROWS = 257, 32, 11  # odd: the parts of the vocabulary are uneven
 OUTPUTS = ("entropy", "is_top1")
@@ -46,6 +48,7 @@ GRID = {"dp_replicate-fsdp": ("dp_replicate", "fsdp"), "fsdp-tp": ("fsdp", "tp")
 MODELS = {
     "model-tp": (False, {"tp_size": 2}),
     "model-tp-tied": (True, {"tp_size": 2}),
+    "engine-tp": (False, {"tp_size": 2}),
     "model-fsdp": (False, {"fsdp_size": 2}),
     "model-fsdp-tied": (True, {"fsdp_size": 2}),
     "model-fsdp-tp": (False, {"fsdp_size": 2, "tp_size": 2}),
@@ -132,21 +135,19 @@ def run_layout(
     return result
 
 
-class Scorer(nn.Module):
-    """A model whose forward scores its own inputs, as an installed engine does."""
+def install_scorer(model: LlamaForCausalLM, seen: dict[str, Any]) -> None:
+    """A forward that scores its own inputs, as an installed engine does."""
 
-    @staticmethod
-    def install(model: LlamaForCausalLM, seen: dict[str, Any]) -> None:
-        def forward(input_ids: Tensor) -> Tensor:
-            hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-            weight = model.lm_head.weight
-            seen["spread"] = isinstance(weight, DTensor)
-            found = parallel_linear_logprob(
-                hidden[:, :-1].flatten(0, 1), weight, input_ids[:, 1:].flatten(), None
-            )
-            return found.logprob
+    def forward(input_ids: Tensor) -> Tensor:
+        hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        weight = model.lm_head.weight
+        seen["spread"] = isinstance(weight, DTensor)
+        found = parallel_linear_logprob(
+            hidden[:, :-1].flatten(0, 1), weight, input_ids[:, 1:].flatten()
+        )
+        return -found.logprob.mean()
 
-        model.forward = forward
+    model.forward = forward
 
 
 def token_ids(batch: int) -> Tensor:
@@ -159,11 +160,32 @@ def run_model(folder: Path, name: str) -> dict[str, Any]:
     model = LlamaForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**sizes))
     batch = dist.get_rank() // sizes.get("tp_size", 1)
     seen: dict[str, Any] = {}
-    Scorer.install(model, seen)
-    logprob = model(input_ids=token_ids(batch))
-    (-logprob.mean()).backward()
+    ids = token_ids(batch)
+    if name.startswith("engine"):
+        accelerate_model(model)
+        seen["spread"] = isinstance(model.lm_head.weight, DTensor)
+        mask = torch.ones_like(ids)
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
+    else:
+        install_scorer(model, seen)
+        loss = model(input_ids=ids)
+    loss.backward()
     gradients = {key: whole(parameter.grad) for key, parameter in model.named_parameters()}
-    return {"batch": batch, "logprob": logprob.detach(), "gradients": gradients, **seen}
+    return {"batch": batch, "gradients": gradients, **seen}
+
+
+def run_adapter(weight: Tensor) -> dict[str, Tensor]:
+    """Gradients of hidden and of a LoRA adapter on a frozen head."""
+    random = torch.Generator().manual_seed(7)
+    rows = rows_of(0)
+    a, b = torch.randn(4, WIDTH, generator=random), torch.randn(VOCAB, 4, generator=random)
+    leaves = [x.requires_grad_() for x in (rows["hidden"], a, b)]
+    found = parallel_linear_logprob(leaves[0], weight, rows["targets"], lora=LoraHead(a, b, 0.5))
+    loss = parallel_linear_cross_entropy(
+        leaves[0], weight, rows["targets"], lora=LoraHead(a, b, 0.5)
+    ).loss
+    grads = torch.autograd.grad((found.logprob * rows["seeds"]).sum() + loss, leaves)
+    return {"logprob": found.logprob.detach()} | dict(zip("hab", grads, strict=True))
 
 
 def refusals() -> dict[str, str]:
@@ -195,6 +217,9 @@ def main() -> None:
             found[case] = run_model(folder, case)
         elif case == "refusals":
             found[case] = refusals()
+        elif case == "adapter":
+            mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+            found[case] = run_adapter(distribute_tensor(head()[0], mesh, [Shard(0)]))
         elif case in GRID:
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=GRID[case])
             found[case] = run_layout(mesh, [Shard(0), Shard(0)], [Shard(0), Shard(0)])

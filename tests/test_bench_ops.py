@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from bench.ops import __main__ as command
-from bench.ops import bench_layers, bench_linear_logprob, bench_prefix_attention, measuring
+from bench.ops import (
+    bench_layers,
+    bench_linear_logprob,
+    bench_preference_logratio,
+    bench_prefix_attention,
+    measuring,
+)
 from bench.ops.contender import Case, Contender, Results, forward_backward
 from bench.ops.pareto import front, plot
 
@@ -23,6 +29,12 @@ EVEN = bench_prefix_attention.Workload([(0, [6, 6])])
 CASES: dict[str, Callable[[], Case]] = {
     op: lambda op=op: bench_linear_logprob.case(op, bench_linear_logprob.problem(24, 32, 300))
     for op in bench_linear_logprob.OPS
+}
+CASES |= {
+    f"preference, {op}": lambda op=op: bench_preference_logratio.case(
+        op, bench_preference_logratio.problem(24, 32, 300, CPU)
+    )
+    for op in bench_preference_logratio.OPS
 }
 CASES |= {op: lambda op=op: bench_layers.case(op, 64, rows=40) for op in bench_layers.OPS}
 CASES |= {

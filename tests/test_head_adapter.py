@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -180,3 +180,17 @@ def test_rows_of_a_pair_refuse_the_adapter() -> None:
         engine.head.rows(base, hidden, targets, None)
     with model.disable_adapter():
         assert engine.head.rows(base, hidden, targets, None).weight.shape == (VOCAB, 32)
+
+
+def test_two_adapters_at_once_and_other_tuners_are_named(batch: Any) -> None:
+    model = adapted()
+    fastpost.accelerate_model(model)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"more than one is active \(default, second\)"):
+        model(**batch, fused_lm_head=True)
+    base = adapted().unload()
+    scaled = get_peft_model(base, IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
+    fastpost.accelerate_model(scaled)
+    with pytest.raises(ValueError, match="not plain LoRA"):
+        scaled(**batch, fused_lm_head=True)

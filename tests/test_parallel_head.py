@@ -23,13 +23,14 @@ from tests.parallel_head_child import (
     OUTPUTS,
     head,
     rows_of,
+    run_adapter,
     save_models,
     score,
     token_ids,
 )
 
 ROOT = Path(__file__).parents[1]
-TWO = [*LAYOUTS, *(name for name in MODELS if "fsdp-tp" not in name), "refusals"]
+TWO = [*LAYOUTS, *(name for name in MODELS if "fsdp-tp" not in name), "refusals", "adapter"]
 FOUR = [*GRID, *(name for name in MODELS if "fsdp-tp" in name)]
 Ranks = list[dict[str, Any]]
 
@@ -112,6 +113,13 @@ def assert_layout(case: str, ranks: Ranks) -> None:
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_a_spread_head_is_the_whole_head(case: str, two) -> None:
     assert_layout(case, two)
+
+
+def test_an_adapter_on_a_spread_head(two) -> None:
+    expected = run_adapter(head()[0])
+    for rank in two:
+        for name, value in expected.items():
+            torch.testing.assert_close(rank["adapter"][name], value, rtol=2e-5, atol=2e-6)
 
 
 def test_the_cases_tell_data_from_tensor_parallel(two) -> None:

@@ -57,30 +57,31 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def run(suite: str, options: argparse.Namespace) -> None:
+    """Measures the cases of a suite; files are written after each: a stop loses one case."""
     device = torch.device(options.device)
     name, clock = choose_clock(options.clock, device)
-    rows: list[dict[str, Any]] = []
-    for case in cases(suite, options, device):
-        print(f"{case.op}, {case.shape}")
-        columns = ("error/limit", "ms", "over floor", "peak MB", "GFLOP")
-        print(f"  {'':<30}", *(f"{column:>16}" for column in columns))
-        found = measure(case, clock, options.rounds, device)
-        for row in found:
-            print_row(row)
-        rows += found
-    result = describe("bench.ops") | {
+    facts = describe("bench.ops") | {
         "suite": suite,
         "dtype": "bfloat16",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "clock": name,
         "threads": options.threads,
         "rounds": options.rounds,
-        "results": rows,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"ops_{suite}.json").write_text(json.dumps(result, indent=1) + "\n")
     machine = f"{options.threads} threads, {name} clock" if device.type == "cpu" else str(device)
-    plot(rows, options.output / f"ops_{suite}.png", f"{suite}, bfloat16, {machine}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for case in cases(suite, options, device):
+        print(f"{case.op}, {case.shape}")
+        columns = ("error/limit", "ms", "over floor", "peak MB", "GFLOP")
+        print(f"  {'':<30}", *(f"{column:>16}" for column in columns), flush=True)
+        found = measure(case, clock, options.rounds, device)
+        for row in found:
+            print_row(row)
+        rows += found
+        text = json.dumps(facts | {"results": rows}, indent=1)
+        (options.output / f"ops_{suite}.json").write_text(text + "\n")
+        plot(rows, options.output / f"ops_{suite}.png", f"{suite}, bfloat16, {machine}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,8 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suite", nargs="?", choices=(*SUITES, "all"), default="all")
-    parser.add_argument("--widths", type=int, nargs="+", default=[576], help="of head and layers")
-    parser.add_argument("--rows", type=int, default=bench_linear_logprob.ROWS, help="of the head")
+    parser.add_argument("--widths", type=int, nargs="+", default=[576], help="of heads and layers")
+    parser.add_argument("--rows", type=int, default=bench_linear_logprob.ROWS, help="of the heads")
     parser.add_argument("--vocab", type=int, default=bench_linear_logprob.VOCAB)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

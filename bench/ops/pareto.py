@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 __all__ = ["front", "plot"]
 
@@ -24,7 +25,9 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Writes a PNG of the timed rows. A floor is a dashed line: its memory is not a result."""
+    """Writes a PNG of the timed rows: ours round, peers square, the front as a line.
+
+    A floor is a dashed line: its memory is not a result."""
     cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["status"] == "timed":
@@ -43,8 +46,11 @@ def _panel(axes: Any, case: tuple[str, str], members: list[dict[str, Any]]) -> N
     axes.set_title(f"{case[0]}, {case[1]}", fontsize=9)
     axes.set_xlabel("ms, forward and backward")
     axes.set_ylabel("peak MB beyond inputs")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
     rivals = [row for row in members if "error" in row]
     for row in members:
         if "error" not in row:
@@ -53,13 +59,13 @@ def _panel(axes: Any, case: tuple[str, str], members: list[dict[str, Any]]) -> N
             axes.text(row["median_ms"], 0.02, f" {row['implementation']}", fontsize=7,
                       rotation=90, color="grey", transform=label)  # fmt: skip
     best = front([_point(row) for row in rivals])
-    axes.plot(*zip(*best, strict=True), color="tab:green", linewidth=1, drawstyle="steps-post")
-    for row in rivals:
+    axes.plot(*zip(*best, strict=True), color="black", linewidth=0.8, drawstyle="steps-post")
+    for place, row in enumerate(rivals):
         ours = row["implementation"].startswith("fastpost")
-        x, y = _point(row)
-        axes.plot(x, y, "o", color="tab:green" if ours else "tab:red")
-        axes.annotate(row["implementation"], (x, y), xytext=(4, 4), fontsize=7,
-                      textcoords="offset points")  # fmt: skip
+        axes.plot(*_point(row), "o" if ours else "s", color=f"C{place % 10}",
+                  label=row["implementation"])  # fmt: skip
+    axes.margins(0.15)
+    axes.legend(fontsize=7)
 
 
 def _point(row: dict[str, Any]) -> tuple[float, float]:

@@ -93,7 +93,7 @@ def interpreter() -> list[Finding]:
     if not device.triton_is_interpreted():
         return []
     text = "TRITON_INTERPRET is set: kernels run in Triton's interpreter on the CPU, never on a GPU"
-    return [Finding("triton", "note", text, "unset TRITON_INTERPRET, then start again")]
+    return [Finding("interpreter", "note", text, "unset TRITON_INTERPRET, then start again")]
 
 
 def _tuned() -> list[Finding]:

@@ -36,6 +36,7 @@ from trl.trainer import dpo_trainer as trl_dpo
 
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.reference import refuse_shared_reference
+from fastpost.head import is_plain_head
 from fastpost.preference_scoring import KeptRows, PairScorer
 from fastpost.reference_cache import ScoredRow, unpadded_row
 from fastpost.references import (
@@ -149,7 +150,9 @@ class DPOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.DPOTrainer)
         assert isinstance(self.engine, Engine)
         kept = KeptRows(self.engine.head)
         # Under FSDP a head is whole only within its own forward.
-        waits = self.ref_model is None and not self.is_fsdp_enabled
+        waits = (
+            self.ref_model is None and not self.is_fsdp_enabled and is_plain_head(self.engine.model)
+        )
         with self.engine.scored_by(kept) if waits else nullcontext():
             sums = self.compute_ref_log_probs(
                 self.model if self.ref_model is None else self.ref_model, inputs

@@ -18,6 +18,7 @@ class EngineConfig:
     Attributes:
         prefix_sharing: compute equal beginnings of rows once.
         memory_budget_gb: workspace of the language-model head in GiB, None for the default.
+        lora_plus_ratio: learning rate of LoRA's matrices B over that of everything else (LoRA+).
     """
 
     prefix_sharing: bool = field(
@@ -26,6 +27,10 @@ class EngineConfig:
     memory_budget_gb: float | None = field(
         default=None,
         metadata={"help": "Workspace of the language-model head in GiB. None: kernel default."},
+    )
+    lora_plus_ratio: float | None = field(
+        default=None,
+        metadata={"help": "LoRA+: learning rate of the matrices B over the others'; try 16."},
     )
 
 

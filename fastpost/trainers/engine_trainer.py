@@ -27,10 +27,13 @@ from warnings import warn
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from fastpost.adapters.lora_plus import require_lora_b, split_groups
+from fastpost.adapters.saved import check_saved_adapter
 from fastpost.backbone import FastpostWarning, PackedBackbone
 from fastpost.checkpoints import (
     SAVING,
@@ -77,6 +80,7 @@ class EngineTrainer(_Trainer):
     engine: PackedBackbone
     ref_engine: PackedBackbone | None
 
+    _lora_plus_groups: Sequence[int] = ()
     _staging: str | None = None
     _manifest: dict[str, Any] | None = None
     _resumed_from: str | None = None
@@ -93,6 +97,25 @@ class EngineTrainer(_Trainer):
             logger.warning("reference: %s", describe_reference(self))
         self.add_callback(_GoOnExactly(self))
         check_fingerprint(self.model, self.processing_class)
+        if self.args.lora_plus_ratio is not None:
+            require_lora_b(self.model, self.args.lora_plus_ratio)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer; with `lora_plus_ratio` its matrices B have groups of their own."""
+        is_fresh = self.optimizer is None
+        super().create_optimizer(*args, **kwargs)
+        if is_fresh and self.args.lora_plus_ratio is not None:
+            self._lora_plus_groups = split_groups(
+                self.optimizer, self.model, self.args.lora_plus_ratio
+            )
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; beside the learning rate that of LoRA+'s matrices B."""
+        if self._lora_plus_groups and "learning_rate" in logs:
+            group = self.optimizer.param_groups[self._lora_plus_groups[0]]
+            logs["learning_rate_lora_B"] = float(group["lr"])
+        super().log(logs, *args, **kwargs)
 
     def _reference_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Weights that make up the reference; methods with a reference say which."""
@@ -209,6 +232,14 @@ class EngineTrainer(_Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            check_saved_adapter(
+                output_dir or self.args.output_dir,
+                self.model,
+                # warm-up begins at a rate of zero
+                has_learnt=self.state.global_step
+                > 1 + self.args.get_warmup_steps(max(1, self.state.max_steps)),
+            )
         if self.args.should_save and self.processing_class is not None:
             save_fingerprint(output_dir or self.args.output_dir, self.processing_class)
 

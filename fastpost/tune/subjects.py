@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastpost_kernels import linear_logprob, prefix_attention
-from fastpost_kernels._choices import attention_shape, head_shape, weight_shape
+from fastpost_kernels import linear_logprob, lora_linear, prefix_attention
+from fastpost_kernels._choices import adapted_shape, attention_shape, head_shape, weight_shape
 
 __all__ = ["ON_GPU", "Sizes", "Subject", "subjects"]
 
@@ -29,6 +29,9 @@ class Sizes:
     tile_rows: int
     widths: tuple[int, ...]
     vocabs: tuple[int, ...]
+    layer_rows: tuple[int, ...]
+    layers: tuple[tuple[int, int], ...]  # outputs and inputs of an adapted layer
+    ranks: tuple[int, ...]
     head_sizes: tuple[int, ...]
     heads: tuple[int, int]  # of queries and of keys
     prompt: int
@@ -41,6 +44,9 @@ ON_GPU = Sizes(
     tile_rows=8192,
     widths=(2048, 4096, 8192),
     vocabs=(32_000, 128_256),
+    layer_rows=(2048, 8192),
+    layers=((2048, 2048), (4096, 4096), (14_336, 4096), (4096, 14_336)),
+    ranks=(16, 64),
     head_sizes=(64, 128),
     heads=(32, 8),
     prompt=4096,
@@ -79,6 +85,10 @@ def subjects(
             for rows in sizes.fold_rows:
                 yield _head("head_fold", (rows, width, vocab), dtype, backend)
             yield _head("head_tile", (sizes.tile_rows, width, vocab), dtype, backend)
+    for layer in sizes.layers:
+        for rank in sizes.ranks:
+            for rows in sizes.layer_rows:
+                yield _adapted(rows, layer, rank, dtype)
     for size in sizes.head_sizes:
         for choice in ("prefix_forward", "prefix_grad_query", "prefix_grad_key"):
             yield _attention(choice, size, sizes, dtype, backend)
@@ -117,7 +127,14 @@ def _make_head(size: tuple[int, int, int], dtype: torch.dtype, device: torch.dev
 def _statistics(given: Tensors, *, dtype: torch.dtype, backend: str) -> Tensors:
     """A pass without gradients: the reference model's, or the forward of a trained head."""
     with torch.no_grad():
-        found = linear_logprob(**given, outputs=("entropy",), compute_dtype=dtype, backend=backend)
+        found = linear_logprob(
+            given["hidden"],
+            given["weight"],
+            given["targets"],
+            outputs=("entropy",),
+            compute_dtype=dtype,
+            backend=backend,
+        )
     assert found.entropy is not None
     return {"logprob": found.logprob, "entropy": found.entropy}
 
@@ -130,6 +147,40 @@ def _frozen_head(given: Tensors, *, dtype: torch.dtype, backend: str) -> Tensors
     )
     (d_hidden,) = torch.autograd.grad(found.logprob.sum(), hidden)
     return {"logprob": found.logprob.detach(), "d hidden": d_hidden}
+
+
+def _adapted(rows: int, layer: tuple[int, int], rank: int, dtype: torch.dtype) -> Subject:
+    outputs, inputs = layer
+    return Subject(
+        "lora_linear",
+        adapted_shape(rows, (inputs, outputs), rank, dtype),
+        f"M {rows}, {inputs} -> {outputs}, rank {rank}",
+        dtype,
+        partial(_make_adapted, rows, layer, rank, dtype),
+        partial(_adapt, dtype=dtype, backend="auto"),
+        partial(_adapt, dtype=torch.float32, backend="torch"),
+        partial(_adapt, dtype=dtype, backend="torch"),
+    )
+
+
+def _make_adapted(
+    rows: int, layer: tuple[int, int], rank: int, dtype: torch.dtype, device: torch.device
+) -> Tensors:
+    outputs, inputs = layer
+    shapes = {"x": (rows, inputs), "weight": layer, "a": (rank, inputs), "b": (outputs, rank)}
+    generator = torch.Generator(device).manual_seed(1)
+    return {
+        name: torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(
+            1.0 if name == "x" else shape[1] ** -0.5
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def _adapt(given: Tensors, *, dtype: torch.dtype, backend: str) -> Tensors:
+    x, weight, a, b = (given[name].to(dtype) for name in ("x", "weight", "a", "b"))
+    with torch.no_grad():
+        return {"y": lora_linear(x, weight, None, a, b, 2.0, backend=backend)}
 
 
 def _attention(choice: str, size: int, sizes: Sizes, dtype: torch.dtype, backend: str) -> Subject:
@@ -170,7 +221,8 @@ def _attend(
     leaves = [given[name].detach().to(dtype) for name in ("query", "key", "value")]
     for leaf in leaves:
         leaf.requires_grad_(backward)
-    out = prefix_attention(*leaves, segments, backend=backend)
+    query, key, value = leaves
+    out = prefix_attention(query, key, value, segments, backend=backend)
     if not backward:
         return {"out": out}
     grads = torch.autograd.grad(out, leaves, given["grad"].to(dtype))

@@ -95,7 +95,9 @@ def test_overview_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("demo", "doctor")])
+@pytest.mark.parametrize(
+    "command", [name for name in COMMANDS if name not in ("demo", "doctor", "tune")]
+)
 def test_help_is_grouped_and_short(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out

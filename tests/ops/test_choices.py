@@ -119,6 +119,16 @@ def test_a_bad_file_costs_one_warning_and_the_defaults(case: str) -> None:
     assert found.table == {} and reason in str(found.problem)
 
 
+def test_without_a_home_folder_there_are_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTPOST_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(RuntimeWarning, match="set FASTPOST_CACHE"):
+        assert choose("head_fold", CPU, SHAPE) == "tiles"
+
+
 def test_a_new_kernel_source_makes_the_file_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     save(DEVICE, TABLE, [])
     assert read(DEVICE).problem is None
@@ -225,5 +235,35 @@ def test_a_tile_of_prefix_attention_follows_its_choice(
     own = prefix_host.choose_tiles(16, 4, 0)
     names = ("forward", "grad_query", "grad_key")
     assert seen == [(16, 32, 4, 1) if name == kernel else own[name] for name in names]
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapted_layer_follows_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GEMM in Triton instead of the library's two, but never in float64."""
+    layer = importlib.import_module("fastpost_kernels.lora_linear")
+    calls: list[torch.dtype] = []
+    original = layer.extended_gemm
+
+    def spied(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(x.dtype)
+        return original(x, *args)
+
+    monkeypatch.setattr(layer, "extended_gemm", spied)
+    shapes = ((5, 16), (18, 16), (4, 16), (18, 4))
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        x, weight, a, b = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
+        leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+        y = layer.lora_linear(x, weight, None, a, b, 0.5)
+        return [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
+
+    expected = results(FP32)
+    with override({"lora_linear": "triton"}):
+        found = results(FP32)
+        assert calls == [FP32, FP32]  # forward, and the gradient of x
+        results(torch.float64)
+        assert calls == [FP32, FP32]
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

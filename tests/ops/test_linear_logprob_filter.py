@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.ops.bench_gradient_filtering import gradients as gradients_of
+from bench.ops.bench_gradient_filtering import measure, random_problem
 from fastpost_kernels import LoraHead, linear_cross_entropy, linear_logprob
 from fastpost_kernels import _vocab_passes as passes_torch
 from fastpost_kernels import _vocab_passes_cpp as passes_cpp
@@ -184,6 +186,21 @@ def test_the_triton_pass_stays_inside_its_buffers() -> None:
     marks = marks.to(torch.int8)
     guarded_call(kernel, tile, factors, marks, 600, 600, BLOCK_V=128)
     assert not marks.any()
+
+
+@pytest.mark.parametrize(("deviation", "least", "most"), [(0.3, 0.95, 1.0), (2.0, 0.3, 0.6)])
+def test_the_benchmark_measures_shares_and_errors(
+    deviation: float, least: float, most: float
+) -> None:
+    """Flat rows lose all columns but their targets'; the errors are of what was lost."""
+    problem = random_problem(40, deviation, width=16, vocab=8192)
+    truth = list(gradients_of(problem, FP32, None))
+    found = measure(problem, FP32, 2.0**-10, truth)
+    assert least < found.columns < most
+    assert 0 < found.error_hidden < 1 and 0 < found.error_weight < 1
+    assert found.blocks <= found.columns
+    exact = measure(problem, FP32, None, truth)
+    assert exact == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1.0, -0.1, float("nan")])

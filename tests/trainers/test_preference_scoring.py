@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import trl
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import fastpost
@@ -191,6 +191,29 @@ def test_sums_are_those_of_two_separate_forwards(ld_alpha: float | None) -> None
         grads, torch.autograd.grad((chosen - rejected).square().sum(), weights), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.25])
+def test_a_head_the_kernel_does_not_take_is_scored_apart(calls: Calls, ld_alpha) -> None:
+    """An adapter on the head, or a head spread over processes: the same sums, without the call."""
+    lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    policy = get_peft_model(tiny_model(97, tie_word_embeddings=False), lora)
+    engine = accelerate_model(policy)
+    batch = _batch(97)
+    found = policy(**batch, fused_lm_head=True).log_probs.detach()
+    mask = batch["labels"][:, 1:] != -100
+    alpha = 1.0 if ld_alpha is None else ld_alpha
+    plain = torch.cat(ld_seq_logps(*found.chunk(2), *mask.chunk(2), ld_alpha=alpha))
+    sums = torch.randn(4)
+    scorer = PairScorer(engine.head, sums, ld_alpha)
+    with engine.scored_by(scorer):
+        log_probs = policy(**batch, fused_lm_head=True).log_probs
+    assert not calls.found and torch.equal(log_probs.detach(), found)
+    torch.testing.assert_close(scorer.scores.logps, plain)
+    torch.testing.assert_close(scorer.scores.margins, (plain - sums)[:2] - (plain - sums)[2:])
+    rows = HeadRows(torch.zeros(1, 64), torch.zeros(97, 64), torch.zeros(1, dtype=torch.int64))
+    with engine.scored_by(PairScorer(engine.head, rows)), pytest.raises(ValueError, match="sums"):
+        policy(**batch, fused_lm_head=True)
 
 
 def test_weights_of_tails() -> None:

@@ -6,6 +6,7 @@ test says, every other one takes a second.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,9 @@ TINY = Sizes(
     tile_rows=9,
     widths=(16,),
     vocabs=(70,),
+    layer_rows=(5,),
+    layers=((18, 16),),
+    ranks=(4,),
     head_sizes=(16,),
     heads=(2, 1),
     prompt=10,
@@ -204,9 +208,9 @@ def test_every_choice_is_measured_at_its_own_shapes(monkeypatch: pytest.MonkeyPa
     found = list(subjects(TINY, dtype=BF16))
     assert {subject.choice for subject in found} == set(CHOICES)
     asked: set[tuple[str, str]] = set()
-    for name in ("fastpost_kernels._vocab_tiles", "fastpost_kernels._vocab_workspace"):
-        spy_on(monkeypatch, name, asked)
-    spy_on(monkeypatch, "fastpost_kernels._prefix_triton", asked)
+    for name in ("_vocab_tiles", "_vocab_workspace", "_prefix_triton", "lora_linear"):
+        module = importlib.import_module(f"fastpost_kernels.{name}")
+        monkeypatch.setattr(module, "choose", spy(asked))
 
     class Equal:
         def medians(self, runs: Sequence[Callable[[], object]]) -> list[float]:
@@ -221,12 +225,12 @@ def test_every_choice_is_measured_at_its_own_shapes(monkeypatch: pytest.MonkeyPa
         assert (subject.choice, subject.shape) in asked
 
 
-def spy_on(monkeypatch: pytest.MonkeyPatch, module: str, asked: set[tuple[str, str]]) -> None:
+def spy(asked: set[tuple[str, str]]) -> Callable[[str, torch.device, str], str]:
     def spied(name: str, device: torch.device, shape: str) -> str:
         asked.add((name, shape))
         return choose(name, device, shape)
 
-    monkeypatch.setattr(f"{module}.choose", spied)
+    return spied
 
 
 def test_the_stopwatch_runs_in_turns_and_forgets_the_warm_up(

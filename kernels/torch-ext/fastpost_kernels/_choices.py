@@ -34,6 +34,7 @@ __all__ = [
     "CHOICES",
     "Stored",
     "Table",
+    "adapted_shape",
     "attention_shape",
     "choices_file",
     "choose",
@@ -54,6 +55,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "head_fold": ("tiles", "fused"),
     # rows x columns of a tile of logits
     "head_tile": ("4096x4096", "2048x4096", "8192x4096", "4096x2048", "8192x2048"),
+    # lora_linear: two GEMMs of the library, or one in Triton that goes on over A's rank
+    "lora_linear": ("library", "triton"),
     # rows x keys x warps x stages of prefix attention's kernels
     "prefix_forward": ("default", "128x128x8x2", "128x64x8x3", "128x64x4x2", "64x64x4x3"),
     "prefix_grad_query": ("default", "128x64x8x2", "64x64x4x2", "64x64x8x3", "64x32x4x2"),
@@ -114,6 +117,12 @@ def weight_shape(width: int, vocab: int, dtype: torch.dtype) -> str:
     return f"H{_nearest(width)}-V{_nearest(vocab)}-{_name(dtype)}"
 
 
+def adapted_shape(rows: int, weight: tuple[int, ...], rank: int, dtype: torch.dtype) -> str:
+    """The shape class of a product with a weight of these two sizes and an adapter."""
+    inner, outer = map(_nearest, weight)
+    return f"M{_nearest(rows)}-K{inner}-N{outer}-R{_nearest(rank)}-{_name(dtype)}"
+
+
 def attention_shape(head_size: int, dtype: torch.dtype) -> str:
     """The shape class of an attention: the head size as it is."""
     return f"D{head_size}-{_name(dtype)}"
@@ -162,7 +171,10 @@ def versions() -> dict[str, str]:
 
 def read(device_is: str) -> Stored:
     """The stored choices of a device. Never raises; an absent file is an empty table."""
-    path = choices_file(device_is)
+    try:
+        path = choices_file(device_is)
+    except RuntimeError as error:  # no home folder
+        return Stored(Path("fastpost"), {}, f"cannot be found: {error}; set FASTPOST_CACHE")
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

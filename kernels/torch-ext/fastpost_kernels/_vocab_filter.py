@@ -3,13 +3,15 @@
 Most tokens of a vocabulary have no chance in any row of a batch: their gradients lie below what the
 sums over them keep in 16 bits. Columns of a tile in which every
 
-    |d loss / d y_iv| <= eps * unit_i,    unit_i = chain (|d loss / d lse_i at fixed y| + |slope|)
+    |d loss / d y_iv| <= eps chain (|a_i| + |b_i|),    d loss / d z_iv = p_iv (a_i + b_i log p_iv)
 
-are left out of the GEMMs of d hidden and d weight: exact zeros instead of small numbers. For a loss
-in log-probs alone, `unit` is the row's own gradient and the criterion reads |[v = t] - p_v| <= eps.
+are left out of the GEMMs of d hidden and d weight (and of an adapter's): exact zeros instead of
+small numbers. For a loss in log-probs alone b is 0, a the row's own gradient, and the criterion
+reads |[v = t] - p_v| <= eps.
 
-Columns over all rows of the tile, not blocks: on real text almost every block of 128 x 256 holds a
-likely token, while three columns of four hold none (`bench/ops/bench_gradient_filtering.py`).
+Columns over all rows of the tile, not blocks of both: on real text almost every block of 128 x 256
+holds a likely token, while most columns hold none (`bench/ops/bench_gradient_filtering.py`). Random
+inputs say nothing about either.
 Legend: m rows of a tile, n columns of a tile.
 Source: gradient filtering, Wijmans et al. (arXiv:2411.09009, section 4.3), there by blocks of a
 sorted vocabulary.

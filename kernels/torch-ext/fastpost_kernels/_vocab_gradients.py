@@ -7,6 +7,7 @@ Legend: M rows, m scored rows or a chunk of them, H hidden, V vocabulary, n colu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,13 @@ from ._vocab_tiles import (
 )
 from ._vocab_workspace import recompute_plan
 
-__all__ = ["HeadGradients", "TileGradients", "gradient_coefs", "recompute_gradients"]
+__all__ = [
+    "HeadGradients",
+    "TileGradients",
+    "fake_results",
+    "gradient_coefs",
+    "recompute_gradients",
+]
 
 
 def gradient_coefs(
@@ -71,6 +78,30 @@ class HeadGradients(NamedTuple):
     bias: Tensor | None = None
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
+
+    def as_results(self, arguments: HeadGradients) -> FiveTensors:
+        """What an op returns: tensors without elements in place of None."""
+        return _five(arguments, lambda i, like: like.new_empty(0) if self[i] is None else self[i])
+
+
+FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def fake_results(arguments: HeadGradients, needs: Sequence[bool]) -> FiveTensors:
+    """Shapes and dtypes of `as_results`, for fake tensors."""
+
+    def make(i: int, like: Tensor) -> Tensor:
+        return like.new_empty(like.shape if needs[i] and arguments[i] is not None else 0)
+
+    return _five(arguments, make)
+
+
+def _five(arguments: HeadGradients, make: Callable[[int, Tensor], Tensor | None]) -> FiveTensors:
+    """`make(i, argument i)` of each; a missing argument is typed like the weight."""
+    assert arguments.weight is not None
+    found = [make(i, arguments.weight if x is None else x) for i, x in enumerate(arguments)]
+    hidden, weight, bias, lora_a, lora_b = (x for x in found if x is not None)
+    return hidden, weight, bias, lora_a, lora_b
 
 
 class TileGradients:

@@ -223,11 +223,14 @@ def dora_linear(
     for name, vector in (("magnitude", magnitude), ("weight_norm", weight_norm)):
         if vector.shape != (weight.shape[0],):
             raise ValueError(f"expected {name} [{weight.shape[0]}], got {tuple(vector.shape)}")
-    drop = {"dropout_p": dropout_p, "seed": seed}
     if isinstance(weight, Nf4Weight):
-        z = nf4_linear(x, weight, a=a, b=b, scale=scale, backend=backend, **drop)
+        z = nf4_linear(
+            x, weight, a=a, b=b, scale=scale, dropout_p=dropout_p, seed=seed, backend=backend
+        )
     else:
-        z = lora_linear(x, weight, None, a, b, scale, backend=backend, **drop)
+        z = lora_linear(
+            x, weight, None, a, b, scale, dropout_p=dropout_p, seed=seed, backend=backend
+        )
     wide = statistics_dtype(z.dtype)
     column = magnitude.to(wide) / weight_norm.detach().to(wide)
     flat = z.view(-1, z.shape[-1])

@@ -7,14 +7,19 @@ Strategy. The loss is linear in what each row returns and its coefficients are k
 waits for the backward, which only multiplies by the incoming scalar.
   * frozen head, eps = 0: 2 GEMMs, as in `linear_logprob`.
   * otherwise, if the budget holds the scored rows' logits (M V s bytes): they are computed once, in
-    tiles, turned into gradients in place and multiplied. 3 GEMMs (2 if the head is frozen); each
-    slice of d weight is written once by its GEMM.
-  * otherwise every tile is computed twice: 4 GEMMs, memory bounded by the budget.
+    tiles, turned into gradients in place and multiplied. 3 GEMMs (2 without d weight); each slice
+    of d weight is written once by its GEMM.
+  * without d weight (label smoothing on a frozen head, or a trained adapter) chunks of rows do, as
+    long as the budget holds the logits of 512: sums over chunks are [V, r] or [V] at most. 2 GEMMs.
+  * otherwise every tile is computed twice: 4 GEMMs (3 without d weight), memory bounded by the
+    budget.
+  * adapters and `filter_eps` as in `linear_logprob`. A filter also takes a frozen head to the
+    second or third strategy: the GEMM of d hidden is then a share of one.
 Rejected: row chunks with 3 GEMMs and a full-precision [V, H] accumulator for d weight: its traffic
 costs more than recomputing below about a thousand rows a chunk, and its 2.5 GB (V 151,936, H 4096)
 would pay for the logits of 8,192 rows.
 
-One head GEMM is 2 M H V FLOP.
+One head GEMM is 2 M H V FLOP; thin ones are counted in `_vocab_flops.py`.
 Legend: M rows, N scored rows, H hidden, V vocabulary, s bytes per element of the compute dtype.
 Sources: gradient-in-forward, Hsu et al., "Liger Kernel" (arXiv:2410.10989, section 3.2); z-loss,
 Chowdhery et al., PaLM (arXiv:2204.02311, section 5); label smoothing, Szegedy et al.
@@ -43,6 +48,7 @@ from ._linear_arguments import (
 from ._lora_head import LoraHead
 from ._namespace import add_op_namespace_prefix
 from ._vocab_flops import gradient_flops, head_flops
+from ._vocab_gradients import HeadGradients, fake_results
 from ._vocab_passes import LogitTransform
 from ._vocab_tiles import IGNORE, TILE_COLS, Head, resident_size, statistics_dtype
 from ._vocab_workspace import (
@@ -107,17 +113,13 @@ def linear_cross_entropy_fwd(
     with torch.cuda.device_of(hidden):
         needs = (need_hidden, need_weight, need_bias)
         found = forward(head, objective, names, needs, (need_lora_a, need_lora_b))
-    parameters = (hidden, weight, bias, lora_a, lora_b)
-    gradients = tuple(
-        (weight if like is None else like).new_empty(0) if gradient is None else gradient
-        for gradient, like in zip(found.gradients, parameters, strict=True)
-    )
+    arguments = HeadGradients(hidden, weight, bias, lora_a, lora_b)
     return (
         found.loss,
         found.logprob,
         found.entropy if "entropy" in names else hidden.new_empty(0, dtype=head.stats_dtype),
         found.is_top1 if "is_top1" in names else hidden.new_empty(0, dtype=torch.bool),
-        *gradients,
+        *found.gradients.as_results(arguments),
     )
 
 
@@ -148,18 +150,14 @@ def _(
     filter_eps: float | None,
 ) -> tuple[Tensor, ...]:
     rows, wide, names = hidden.shape[0], statistics_dtype(compute_dtype), outputs.split(",")
-    parameters = (hidden, weight, bias, lora_a, lora_b)
     needs = (need_hidden, need_weight, need_bias, need_lora_a, need_lora_b)
-    gradients = tuple(
-        (weight if like is None else like).new_empty(like.shape if need and like is not None else 0)
-        for need, like in zip(needs, parameters, strict=True)
-    )
+    arguments = HeadGradients(hidden, weight, bias, lora_a, lora_b)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(rows, dtype=wide),
         hidden.new_empty(rows if "entropy" in names else 0, dtype=wide),
         hidden.new_empty(rows if "is_top1" in names else 0, dtype=torch.bool),
-        *gradients,
+        *fake_results(arguments, needs),
     )
 
 
@@ -254,8 +252,8 @@ def linear_cross_entropy(
         loss = (loss + z_loss * z.logsumexp(-1)[targets != -100].square().sum()) / num_items
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, backend, compute_dtype:
-            as in `linear_logprob`.
+        hidden, weight, targets, bias, lora, temperature, softcap, logit_scale, backend,
+            compute_dtype: as in `linear_logprob`.
         loss_mask: [M] bool; rows that are False are not scored, like targets of -100.
         label_smoothing: in [0, 1), spread evenly over the vocabulary.
         z_loss: weight of logsumexp^2, >= 0.
@@ -266,10 +264,11 @@ def linear_cross_entropy(
         memory_budget: bytes for logits. If it holds all scored rows' (M V elements of the compute
             dtype), three GEMMs suffice with a trained head; below that, four. Default 128 MiB on
             CPU, 512 MiB on GPUs.
+        filter_eps: as in `linear_logprob`, not with label smoothing.
 
     Returns:
         `LinearCrossEntropy`; `loss` is 0 and differentiable if no row is scored. Gradients are held
-        from forward to backward: [M, H], [V, H] and [V] where needed.
+        from forward to backward: [M, H], [V, H], [V] and an adapter's where needed.
 
     Raises:
         ValueError, TypeError: as `linear_logprob`, and for arguments out of the ranges above.

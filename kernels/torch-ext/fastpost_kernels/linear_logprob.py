@@ -3,6 +3,7 @@
     y = h W^T + b,   z = softcap tanh(logit_scale y / softcap) / temperature
     logprob = z_t - lse(z),   entropy = lse(z) - sum_v p_v z_v,   p = softmax(z)
     d logprob / d h = sum_v ([v = t] - p_v) z'_v W_v
+    with an adapter on the head: y += s (h A^T) B^T
 
 Strategy. Logits exist as one reused tile: a GEMM fills it, one pass folds it into row statistics.
 What needs gradients decides the rest; there is no switch.
@@ -12,12 +13,20 @@ What needs gradients decides the rest; there is no switch.
     accumulator. 2 GEMMs; the backward of any loss on logprob is one row scaling.
   * the head too: the loss's coefficients are unknown in the forward, so the backward recomputes
     each tile and writes d weight slice by slice. 4 GEMMs, no fp32 [V, H] buffer.
+  * an adapter on the head widens the inner dimension of these GEMMs from H to H + r
+    (`_lora_head.py`); W + s B A never exists. Frozen with the head it keeps the 2 GEMMs. Trained,
+    it costs 3 instead of 4: d A and d B come from G B [M, r] and G^T u [V, r], G = d loss / d y.
+    Keeping the frozen head's sums would give d hidden and d A without the third, but d B needs G,
+    that is, the logits again: 3 as well, and [M, H] more memory.
   * rows with target -100 are dropped before any GEMM.
+  * `filter_eps` drops the columns of a recomputed tile that hold no gradient worth adding
+    (`_vocab_filter.py`).
 Rejected: saving [M, V] logits in 16 bits (no recompute, 3 GEMMs): 2.4 GB at M 8192, V 151,936. When
-the coefficients are known, `linear_cross_entropy` gets 3 GEMMs.
+the coefficients are known, `linear_cross_entropy` gets 3 GEMMs, and 2 with an adapter.
 
-One head GEMM is 2 M H V FLOP. Bytes beyond results: see `workspace_bytes`; never O(M V).
-Legend: M rows, H hidden, V vocabulary.
+One head GEMM is 2 M H V FLOP; the adapter's thin ones are counted in `_vocab_flops.py`. Bytes
+beyond results: see `workspace_bytes`; never O(M V).
+Legend: M rows, H hidden, V vocabulary, r rank.
 Sources: online softmax, Milakov and Gimelshein (arXiv:1805.02867); fused linear cross-entropy by
 tiles, Wijmans et al., "Cut your losses" (arXiv:2411.09009); the frozen-head identity is
 FlashAttention's forward (Dao et al., arXiv:2205.14135) with K = V = W.
@@ -45,6 +54,7 @@ from ._logprob_walks import forward, head_gradients
 from ._lora_head import LoraHead
 from ._namespace import add_op_namespace_prefix
 from ._vocab_flops import gradient_flops, head_flops
+from ._vocab_gradients import HeadGradients, fake_results
 from ._vocab_passes import BLOCK_ELEMENTS, LogitTransform
 from ._vocab_tiles import Head, statistics_dtype
 from ._vocab_workspace import HeadSize, fold_workspace, recompute_workspace
@@ -183,11 +193,7 @@ def linear_logprob_bwd(
             (need_hidden, need_weight, need_bias),
             (need_lora_a, need_lora_b),
         )
-    parameters = (hidden, weight, bias, lora_a, lora_b)
-    return tuple(
-        (weight if like is None else like).new_empty(0) if gradient is None else gradient
-        for gradient, like in zip(found, parameters, strict=True)
-    )
+    return found.as_results(HeadGradients(hidden, weight, bias, lora_a, lora_b))
 
 
 @linear_logprob_bwd.register_fake
@@ -217,12 +223,8 @@ def _(
     memory_budget: int,
     filter_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    parameters = (hidden, weight, bias, lora_a, lora_b)
     needs = (need_hidden, need_weight, need_bias, need_lora_a, need_lora_b)
-    return tuple(
-        (weight if like is None else like).new_empty(like.shape if need and like is not None else 0)
-        for need, like in zip(needs, parameters, strict=True)
-    )
+    return fake_results(HeadGradients(hidden, weight, bias, lora_a, lora_b), needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -288,8 +290,8 @@ def _forward_workspace(hidden: Tensor, weight: Tensor, *args: Any) -> int:
 
 def _backward_workspace(*args: Any) -> int:
     hidden, weight, lora_a, jacobian, needs = args[3], args[4], args[7], args[11], args[15:18]
-    *settings, filter_eps = args[20:]
-    size = HeadSize.of(hidden, weight, *settings, lora_a, filter_eps)
+    backend, dtype, budget, filter_eps = args[20:]
+    size = HeadSize.of(hidden, weight, backend, dtype, budget, lora_a, filter_eps)
     if jacobian.dim() == 2 and args[1] is None and args[2] is None:
         return 2 * BLOCK_ELEMENTS * size.wide_bytes
     return recompute_workspace(size, needs)
@@ -329,6 +331,8 @@ def linear_logprob(
             are dropped before any multiplication. Their number is read back from the device, once
             per forward; the same read checks the range of all targets.
         bias: [V] or None.
+        lora: an adapter on the head: a [r, H], b [V, r] of any of these dtypes, and its scale. Cast
+            to the compute dtype; the target's logit holds it in the statistics' dtype.
         temperature, softcap, logit_scale: positive, see the equation; `softcap` None is no cap.
         outputs: names out of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1",
             "logsumexp". Each costs only when asked for.
@@ -339,11 +343,17 @@ def linear_logprob(
         memory_budget: bytes for the logits tile; default 128 MiB on CPU, 512 MiB on GPUs. Peak
             memory beyond the results is `workspace_bytes(op, *args)`: the budget plus terms in
             M H, n H (n <= 4096 tile columns) and V, never M V.
+        filter_eps: leave tokens out of the GEMMs of a recomputing backward whose gradient is below
+            this share of their row's own, in every row of a tile; 2**-12 is what 16-bit gradients
+            resolve (arXiv:2411.09009). Gradients of hidden, weight and adapter become approximate:
+            how much, and how many columns go, says `bench/ops/bench_gradient_filtering.py`. Their
+            number is read back from the device once per tile. Without effect where nothing is
+            recomputed (a frozen head).
 
     Returns:
-        `LinearLogprob`. If only `hidden` needs a gradient, [M, H] is kept for the backward, which
-        is then a row scaling; otherwise the backward recomputes logit tiles. A NaN in a row of
-        `hidden` makes that row's results NaN.
+        `LinearLogprob`. If of all tensors only `hidden` needs a gradient, [M, H] is kept for the
+        backward, which is then a row scaling; otherwise the backward recomputes logit tiles. A NaN
+        in a row of `hidden` makes that row's results NaN.
 
     Raises:
         ValueError: shapes or devices that do not fit, a target outside [0, V) that is not -100,

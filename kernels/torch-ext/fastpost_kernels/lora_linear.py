@@ -7,7 +7,8 @@ Strategy. Eager code runs three layers and joins them: it writes the adapter's r
 adds it, three passes over y, and as many over x backwards. Here the second product is added by the
 GEMM that makes it (`addmm`: y is read and written once more), or, in Triton, it is the same GEMM
 going on over A's rank (a K-extension: y is written once). The latter is taken only where asked for
-by name: no Triton GEMM is preferred to a library's unmeasured.
+by name, or where `fastpost tune` measured it faster (`_choices.py`): no Triton GEMM is preferred to
+a library's unmeasured.
 Kept for the backward: x and u, [M, r]. Dropout acts on the adapter's input alone and is drawn again
 in the backward from (seed, row, column), see `_philox.py`: no mask and no dropped copy is kept.
 dA and dB are computed as r-row products, whose left operand is a transposed copy of u or du: the
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ._adapter_passes import dropped
+from ._choices import adapted_shape, choose
 from ._cost import register_costs
 from ._device import BACKENDS, HAS_TRITON, resolve_backend
 from ._namespace import add_op_namespace_prefix
@@ -56,12 +58,22 @@ class LoraWeights(NamedTuple):
 def _product(
     x: Tensor, y: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, scale: float, backend: str
 ) -> Tensor:
-    """x y + bias + scale u v, for y [K, N] and v [r, N]; "auto" leaves GEMMs to the library."""
+    """x y + bias + scale u v, for y [K, N] and v [r, N]."""
+    if backend == "auto" and _extends(x, y, u):
+        backend = "triton"
     if backend == "triton":
         resolve_backend(backend, x.device, x.dtype)
         return extended_gemm(x, y, u * scale, v, bias)
     out = x @ y if bias is None else torch.addmm(bias, x, y)
     return out.addmm_(u, v, alpha=scale)
+
+
+def _extends(x: Tensor, y: Tensor, u: Tensor) -> bool:
+    """Whether one GEMM over K and r was measured faster here than the library's two."""
+    if not HAS_TRITON or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    shape = adapted_shape(len(x), y.shape, u.shape[1], x.dtype)
+    return choose("lora_linear", x.device, shape) == "triton"
 
 
 def _slices(bs: Sequence[Tensor]) -> list[slice]:
@@ -280,7 +292,7 @@ def _forward_workspace(
 ) -> int:
     _, dropout_p, _, backend = args
     dropped = _dropout_bytes(x, dropout_p, backend)
-    scaled = x.shape[0] * a.shape[0] * x.itemsize if backend == "triton" else 0
+    scaled = x.shape[0] * a.shape[0] * x.itemsize if backend in ("auto", "triton") else 0
     return dropped + scaled + _casts(x, a, *weights, *biases, *bs)
 
 
@@ -293,7 +305,7 @@ def _backward_workspace(
     grads: list[Tensor], x: Tensor, u: Tensor, weights: list[Tensor], a: Tensor, bs: Any, *args: Any
 ) -> int:
     _, dropout_p, _, backend, *_ = args
-    rank_products = u.numel() * u.itemsize * (4 if backend == "triton" else 3)
+    rank_products = u.numel() * u.itemsize * (4 if backend in ("auto", "triton") else 3)
     rank_products += sum(b.numel() * x.itemsize for b in bs)
     return rank_products + _dropout_bytes(x, dropout_p, backend) + _casts(x, a, *weights, *bs)
 
@@ -362,9 +374,10 @@ def lora_linear(
             are cast for the products, and their gradients returned in their own dtype.
         dropout_p: probability in [0, 1) of zeroing an element of the adapter's input.
         seed: of the dropout, an int64; needed with `dropout_p` > 0. One seed, one mask.
-        backend: "auto" (GEMMs of the library, element-wise passes in Triton or C++), "triton" (one
-            GEMM over K and r; also on CPUs under TRITON_INTERPRET=1), "cpp" or "torch" (which pass
-            draws the dropout; the masks are equal).
+        backend: "auto" (GEMMs of the library unless `fastpost tune` measured otherwise,
+            element-wise passes in Triton or C++), "triton" (one GEMM over K and r; also on CPUs
+            under TRITON_INTERPRET=1), "cpp" or "torch" (which pass draws the dropout; the masks are
+            equal).
 
     Returns:
         [..., N] in x's dtype. Keeps x and [M, r] for the backward.

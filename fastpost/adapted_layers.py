@@ -1,0 +1,251 @@
+"""PEFT's LoRA and DoRA layers on fused kernels, on plain and on 4-bit weights.
+
+`forward_for(module)` names the forward that serves a layer of PEFT's, which `layers.attach` gives
+it. Each call looks at the layer's state and takes the fused path only where it computes what PEFT
+does: one active adapter, neither disabled nor merged, LoRA or DoRA, no hook on a part that would no
+longer be called. Everything else (several adapters, `adapter_names`, other variants, a bias of the
+adapter) runs PEFT's own forward. Adapters, configurations and files stay PEFT's.
+
+Two differences, both on purpose: adapters kept in fp32 beside a bf16 layer are multiplied in bf16,
+with their gradients in fp32 (PEFT widens the layer's input instead); and dropout is drawn from a
+counter, so masks differ from PEFT's, and DoRA drops the adapter's input only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fastpost_kernels import (
+    LoraWeights,
+    Nf4Weight,
+    dora_linear,
+    dora_weight_norm,
+    lora_linear,
+    lora_linears,
+    nf4_linear,
+    row_square_norms,
+)
+
+__all__ = ["forward_for", "group_forward", "unfused_adapters"]
+
+_PEFT = "peft.tuners.lora."
+_LAYERS = frozenset({(_PEFT + "layer", "Linear"), (_PEFT + "bnb", "Linear4bit")})
+_DORA = (_PEFT + "variants", "DoraLinearVariant")
+_BNB_LINEAR = ("bitsandbytes.nn.modules", "Linear4bit")
+_MAX_SEED = 2**62
+
+# Any optimizer's step may have changed an adapter, also one that writes past autograd's versions.
+_steps_done = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps_done
+    _steps_done += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class Adapter(NamedTuple):
+    """What one call of an adapted layer multiplies."""
+
+    weight: Tensor | Nf4Weight
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout_p: float
+    magnitude: Tensor | None  # of DoRA
+    compute_dtype: torch.dtype | None  # that a 4-bit layer asks for
+
+
+class _Norms(NamedTuple):
+    key: tuple[Any, ...]
+    square: Tensor
+    norm: Tensor
+
+
+_NORMS: weakref.WeakKeyDictionary[nn.Module, _Norms] = weakref.WeakKeyDictionary()
+
+
+def forward_for(module: nn.Module) -> Any:
+    """The forward that serves `module`, or None."""
+    return _adapted_forward if _class_name(module) in _LAYERS else None
+
+
+def unfused_adapters(model: nn.Module) -> Counter[str]:
+    """Reason -> adapted layers of `model` that run PEFT's forward as they stand now."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            if forward_for(module) is None:
+                found[f"a layer of class {type(module).__qualname__}"] += 1
+            elif isinstance(reason := _adapter_of(module), str):
+                found[reason] += 1
+    return found
+
+
+def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
+    """Outputs of several adapted layers on one input, read once; None where they cannot share."""
+    layers = []
+    for module in modules:
+        forward = getattr(module.__dict__.get("forward"), "__func__", None)
+        if forward is not _adapted_forward or _has_hooks(module):
+            return None
+        adapter = _adapter_of(module)
+        if isinstance(adapter, str) or not _fits(adapter, x):
+            return None
+        weight, bias, a, b, scale, dropout_p, magnitude, _ = adapter
+        # dropout would be one mask for all, where PEFT draws one for each
+        if isinstance(weight, Nf4Weight) or magnitude is not None or dropout_p > 0:
+            return None
+        layers.append(LoraWeights(weight, bias, a, b, scale))
+    return lora_linears(x, layers)
+
+
+def _adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    asks_more = args or any(value is not None for value in kwargs.values())
+    adapter = "arguments" if asks_more else _adapter_of(self)
+    if isinstance(adapter, str) or not _fits(adapter, x):
+        return type(self).forward(self, x, *args, **kwargs)
+    weight, bias, a, b, scale, dropout_p, magnitude, compute_dtype = adapter
+    seed = int(torch.randint(_MAX_SEED, ())) if dropout_p > 0 else None
+    given, result_dtype = x, x.dtype
+    if compute_dtype is not None and not torch.is_autocast_enabled(x.device.type):
+        given = x.to(compute_dtype)
+    if magnitude is not None:
+        norm = _weight_norm(self, adapter)
+        y = dora_linear(
+            given, weight, bias, a, b, scale, magnitude, norm, dropout_p=dropout_p, seed=seed
+        )
+    elif isinstance(weight, Nf4Weight):
+        y = nf4_linear(given, weight, bias, a=a, b=b, scale=scale, dropout_p=dropout_p, seed=seed)
+    else:
+        y = lora_linear(given, weight, bias, a, b, scale, dropout_p=dropout_p, seed=seed)
+    return y if torch.is_autocast_enabled(x.device.type) else y.to(result_dtype)
+
+
+def _adapter_of(module: Any) -> Adapter | str:
+    """The layer's only active adapter, or why PEFT's forward has to run."""
+    if module.disable_adapters:
+        return "adapters are disabled"
+    if module.merged:
+        return "an adapter is merged"
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if len(names) != 1:
+        return f"{len(names)} active adapters"
+    name = names[0]
+    variant = module.lora_variant.get(name)
+    is_dora = variant is not None and _class_name(variant) == _DORA
+    if variant is not None and not is_dora:
+        return f"variant {type(variant).__qualname__}"
+    if module.lora_bias.get(name, False):
+        return "lora_bias"
+    if getattr(module, "fan_in_fan_out", False):
+        return "fan_in_fan_out"
+    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    parts = [module.base_layer, a, b, dropout]
+    if is_dora:
+        parts.append(module.lora_magnitude_vector[name])
+    if any(_has_hooks(part) for part in parts):
+        return "a hook on a part of the layer"
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
+        return "matrices that are not linear layers"
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"dropout of class {type(dropout).__qualname__}"
+    weight = _weight_of(module.base_layer)
+    if isinstance(weight, str):
+        return weight
+    is_dropping = type(dropout) is nn.Dropout and dropout.training
+    compute_dtype = getattr(module.base_layer, "compute_dtype", None)
+    return Adapter(
+        weight,
+        module.base_layer.bias,
+        a.weight,
+        b.weight,
+        module.scaling[name],
+        dropout.p if is_dropping else 0.0,
+        module.lora_magnitude_vector[name].weight if is_dora else None,
+        compute_dtype if isinstance(weight, Nf4Weight) else None,
+    )
+
+
+def _weight_of(base: Any) -> Tensor | Nf4Weight | str:
+    """The base layer's weight, or why the kernels cannot read it."""
+    if type(base) is nn.Linear:
+        return base.weight if _is_plain(base.weight) else f"a {type(base.weight).__name__} weight"
+    if _class_name(base) != _BNB_LINEAR:
+        return f"a base layer of class {type(base).__qualname__}"
+    state = getattr(base.weight, "quant_state", None)
+    if state is None or state.quant_type != "nf4" or len(state.shape) != 2:
+        return "a 4-bit weight that is not NF4"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes repacked the weight for inference"
+    nested = state.state2
+    return Nf4Weight(
+        base.weight.data,
+        state.absmax,
+        (state.shape[0], state.shape[1]),
+        state.blocksize,
+        None if nested is None else nested.absmax,
+        None if nested is None else nested.code,
+        state.offset,
+    )
+
+
+def _fits(adapter: Adapter, x: Tensor) -> bool:
+    """Whether the kernels take `x`: a plain floating tensor in the layer's dtype or cast to one."""
+    if type(x) is not Tensor or not x.dtype.is_floating_point or x.dim() == 0:
+        return False
+    if not (_is_plain(adapter.a) and _is_plain(adapter.b)):
+        return False
+    if torch.is_autocast_enabled(x.device.type) or isinstance(adapter.weight, Nf4Weight):
+        return True
+    return x.dtype == adapter.weight.dtype
+
+
+def _weight_norm(module: nn.Module, adapter: Adapter) -> Tensor:
+    """DoRA's norm, computed once per optimizer step."""
+    a, b = adapter.a, adapter.b
+    plain = adapter.weight if isinstance(adapter.weight, Tensor) else adapter.weight.packed
+    base = (plain.data_ptr(), plain._version, plain.device)
+    # A sharded parameter is gathered into memory whose version says nothing of its content.
+    is_sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    key = (*base, _steps_done, adapter.scale, a.data_ptr(), a._version, b.data_ptr(), b._version)
+    kept = _NORMS.get(module)
+    if kept is not None and kept.key == key and not is_sharded:
+        return kept.norm
+    is_same_base = kept is not None and kept.key[:3] == base and not is_sharded
+    square = kept.square if is_same_base and kept is not None else row_square_norms(adapter.weight)
+    norm = dora_weight_norm(adapter.weight, a.detach(), b.detach(), adapter.scale, square)
+    _NORMS[module] = _Norms(key, square, norm)
+    return norm
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Not a subclass, whose operators are its own (DTensor, quantised weights)."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return any(hooks)
+
+
+def _class_name(module: Any) -> tuple[str, str]:
+    return type(module).__module__, type(module).__qualname__
+
+
+# Pickle stores a bound method as its name, to be looked up in the class on loading.
+_adapted_forward.__name__ = "forward"

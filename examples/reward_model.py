@@ -9,7 +9,8 @@ more pairs of a problem cost little more than their wrong answers.
 
 No held-out problem is ever trained on: a checksum of its numbers puts it on one side or the other.
 The saved folder loads with `AutoModelForSequenceClassification` and serves as `reward_funcs` of
-GRPO and RLOO, or as the reward model of PPO.
+GRPO and RLOO, or as the reward model of PPO. It has seen lists of the right numbers only: for a
+policy that writes other things too there is `ranking_reward_model.py`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ TENSOR_GROUPS = ("mma.sync", "wgmma", "tcgen05", "mfma")
 MIX = ("fp32", "special function", "global load", "shared memory")
 COLUMNS = (
     "kernel                                     case                                        regs "
-    "spill  shared warps blocks/SM occupancy, limit  tensor cores      TMA 16 B loads    GFLOP"
+    "spill  shared warps blocks/SM occupancy, limit  tensor cores      TMA wide loads    GFLOP"
     "      MB predicted  % fp32/exp/load/shared"
 )
 
@@ -83,6 +83,7 @@ def describe_launch(kernel: Kernel, launch: Launch, processor: Processor) -> dic
         "wide_load_share": round(code.wide_load_share, 3),
         "load_widths": code.load_widths,
         "store_widths": code.store_widths,
+        "has_wide_stores": code.has_wide_stores,
         "instructions": code.instructions,
         "flops": cost.flops,
         "bytes": cost.bytes,

@@ -59,14 +59,20 @@ class MachineCode(NamedTuple):
     instructions: dict[str, int]  # by group, and "other"
     load_widths: dict[int, int]  # bytes of a global load, or of a copy to shared memory: how many
     store_widths: dict[int, int]
+    wide: int = 16  # bytes of a thread's wide load: 512 of a warp, or of a wave of 64 threads
 
     @property
     def wide_load_share(self) -> float:
-        """Of the bytes that a thread loads, those it loads 16 at a time; 1 if a TMA loads."""
+        """Of the bytes that a thread loads, those in wide loads; 1 if a TMA loads."""
         if self.instructions.get("tma"):
             return 1.0
-        loaded = sum(width * count for width, count in self.load_widths.items())
-        return 16 * self.load_widths.get(16, 0) / loaded if loaded else 0.0
+        loaded = {width: width * count for width, count in self.load_widths.items()}
+        wide = sum(size for width, size in loaded.items() if width >= self.wide)
+        return wide / sum(loaded.values()) if loaded else 0.0
+
+    @property
+    def has_wide_stores(self) -> bool:
+        return any(width >= self.wide for width in self.store_widths)
 
 
 def read_machine_code(compiled: Any) -> MachineCode:
@@ -96,7 +102,8 @@ def read_amd(assembly: str) -> MachineCode:
 
     registers = number("vgpr_count")  # of both kinds together since gfx90a
     local = number("private_segment_fixed_size")
-    return _summarise(AMD_LINE.findall(assembly), AMD_GROUPS, _amd_width, registers, local)
+    code = _summarise(AMD_LINE.findall(assembly), AMD_GROUPS, _amd_width, registers, local)
+    return code._replace(wide=8)
 
 
 def assembler_versions() -> dict[str, str]:

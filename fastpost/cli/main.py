@@ -23,6 +23,7 @@ COMMANDS = {
     "grpo": "reinforcement learning on groups of answers, with rewards by name or function",
     "rloo": "reinforcement learning with a leave-one-out baseline",
     "ppo": "proximal policy optimisation with a value head and a KL penalty",
+    "merge": "an adapter into weights, or several models into one",
     "doctor": "what this machine offers; with --gpu, whether the kernels are right on it",
     "tune": "measure which kernels are faster on this GPU, and use those",
     "demo": "train a small model on this machine and see what it learnt",

@@ -60,14 +60,14 @@ def test_the_score_of_a_reward_model_rises(monkeypatch, tmp_path) -> None:
         str(tmp_path / "scorer"), num_problems=160, num_held_out=50
     )
     print(f"sorted list ranked over the others: {ranked}")
-    assert ranked["words"] > 0.9 and ranked["numbers"] > 0.7
+    assert ranked["words"] > 0.9 and ranked["numbers"] > 0.6
     before, after = ppo_reward_model.train(
         str(tmp_path / "scorer"), str(tmp_path / "policy"), rollouts=12, num_held_out=96
     )
     for name, value in before.items():
         if name.startswith("eval_reward"):
             print(f"{name}: {value:.3f} before, {after[name]:.3f} after")
-    assert after["eval_reward"] > before["eval_reward"] + 0.1
+    assert after["eval_reward"] > before["eval_reward"] + 0.4
     assert torch.isfinite(torch.tensor(list(after.values()))).all()
     for name in ("ppo_reward_model", "ranking_reward_model", "reward_model"):
         sys.modules.pop(name)

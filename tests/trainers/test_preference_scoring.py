@@ -60,7 +60,12 @@ def train(run_trainer: Any, model: Any, data: Any, kind: str, **config: Any) -> 
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def _kinds(*slow: str) -> list[Any]:
+    marks = {name: pytest.mark.slow for name in slow}
+    return [pytest.param(name, marks=marks.get(name, ()), id=name) for name in KINDS]
+
+
+@pytest.mark.parametrize("kind", _kinds("frozen-beside-adapter"))
 def test_every_step_is_one_call(
     kind: str, calls: Calls, model, preference_data, run_trainer
 ) -> None:
@@ -84,7 +89,7 @@ def test_every_step_is_one_call(
         assert float(log["loss"]) == pytest.approx(loss.item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["base", "frozen", "cached"])
+@pytest.mark.parametrize("kind", _kinds("base", "cached", "frozen-beside-adapter"))
 def test_the_loss_depends_on_what_the_call_found(
     kind: str, calls: Calls, model, preference_data, run_trainer
 ) -> None:

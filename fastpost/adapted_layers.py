@@ -38,6 +38,7 @@ _PEFT = "peft.tuners.lora."
 _LAYERS = frozenset({(_PEFT + "layer", "Linear"), (_PEFT + "bnb", "Linear4bit")})
 _DORA = (_PEFT + "variants", "DoraLinearVariant")
 _BNB_LINEAR = ("bitsandbytes.nn.modules", "Linear4bit")
+_NF4_LINEAR = ("fastpost.adapters.nf4_layer", "Nf4Linear")
 _MAX_SEED = 2**62
 
 # Any optimizer's step may have changed an adapter, also one that writes past autograd's versions.
@@ -180,6 +181,9 @@ def _weight_of(base: Any) -> Tensor | Nf4Weight | str:
     """The base layer's weight, or why the kernels cannot read it."""
     if type(base) is nn.Linear:
         return base.weight if _is_plain(base.weight) else f"a {type(base.weight).__name__} weight"
+    if _class_name(base) == _NF4_LINEAR:
+        own: Nf4Weight = base.nf4
+        return own if _is_plain(own.packed) else f"a {type(own.packed).__name__} weight"
     if _class_name(base) != _BNB_LINEAR:
         return f"a base layer of class {type(base).__qualname__}"
     state = getattr(base.weight, "quant_state", None)

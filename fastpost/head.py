@@ -1,8 +1,8 @@
 """The language-model head: from scored hidden states to log-probs, through the kernel.
 
 Architectures differ in three scalars between `hidden @ weight.T` and the logits (a scale, a
-softcap) and in where the weight lives (a plain tensor, a shard of FSDP2, a copy kept by PEFT's
-`modules_to_save`, a weight under PEFT's plain LoRA). Both are read here and nowhere else.
+softcap) and in where the weight lives (a plain tensor, one spread over processes, a copy kept by
+PEFT's `modules_to_save`, a weight under PEFT's plain LoRA). Both are read here and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,18 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
-from fastpost_kernels import (
-    HeadRows,
-    LoraHead,
-    PreferenceLogratio,
-    linear_cross_entropy,
-    linear_logprob,
-    preference_logratio,
-)
+from fastpost.parallel_head import parallel_linear_cross_entropy, parallel_linear_logprob
+from fastpost_kernels import HeadRows, LoraHead, PreferenceLogratio, preference_logratio
 
 
 @dataclass(frozen=True)
@@ -66,9 +60,9 @@ class Head:
         self, model: PreTrainedModel, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]
     ) -> Any:
         """Log-probs of targets `[M]` given hidden `[M, H]`, as the kernel's `LinearLogprob`."""
-        weight, bias = _gather(model)
+        weight, bias = _weights(model)
         hidden = hidden.to(weight.device)
-        return linear_logprob(
+        return parallel_linear_logprob(
             hidden,
             weight,
             targets.to(weight.device),
@@ -87,9 +81,9 @@ class Head:
         outputs: tuple[str, ...] = (),
     ) -> Any:
         """Summed loss over `num_items` (mean if None), as the kernel's `LinearCrossEntropy`."""
-        weight, bias = _gather(model)
+        weight, bias = _weights(model)
         hidden = hidden.to(weight.device)
-        return linear_cross_entropy(
+        return parallel_linear_cross_entropy(
             hidden,
             weight,
             targets.to(weight.device),
@@ -113,7 +107,7 @@ class Head:
                 "policy and reference cannot be scored together with an adapter on lm_head; take "
                 "'lm_head' out of target_modules"
             )
-        weight, bias = _gather(model)
+        weight, bias = _weights(model)
         here = None if places is None else places.to(weight.device)
         return HeadRows(hidden.to(weight.device), weight, targets.to(weight.device), bias, here)
 
@@ -225,12 +219,11 @@ def _logit_scale(config: Any) -> float:
     return float(divisor) if config.model_type == "hyperclovax" else 1.0 / divisor
 
 
-def _gather(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias as whole tensors. Called behind the backbone: FSDP2 has gathered them."""
-    lm_head: nn.Module = model.get_output_embeddings()
+def _weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, plain or spread. Called behind the backbone: FSDP2 has gathered them."""
+    lm_head: Any = model.get_output_embeddings()
     lm_head = getattr(lm_head, "base_layer", lm_head)
-    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
-    return _whole(weight), None if bias is None else _whole(bias)
+    return lm_head.weight, getattr(lm_head, "bias", None)
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fastpost.head import Head
@@ -50,6 +51,9 @@ def compare_head(model: PreTrainedModel, head: Head, stock_forward: Callable[...
         ValueError: they differ, so the head is not the linear map it was taken for.
     """
     ids = _sequences(model)
+    run: Any = model
+    if isinstance(model, FSDPModule):
+        run(input_ids=ids, use_cache=False)  # FSDP takes for its root what is called first
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     logits = stock_forward(input_ids=ids, use_cache=False).logits[:, :-1].double()
     expected = (logits / head.temperature).log_softmax(-1).gather(-1, ids[:, 1:, None])

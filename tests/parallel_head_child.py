@@ -49,6 +49,7 @@ MODELS = {
     "model-tp": (False, {"tp_size": 2}),
     "model-tp-tied": (True, {"tp_size": 2}),
     "engine-tp": (False, {"tp_size": 2}),
+    "engine-fsdp": (False, {"fsdp_size": 2}),
     "model-fsdp": (False, {"fsdp_size": 2}),
     "model-fsdp-tied": (True, {"fsdp_size": 2}),
     "model-fsdp-tp": (False, {"fsdp_size": 2, "tp_size": 2}),
@@ -163,7 +164,8 @@ def run_model(folder: Path, name: str) -> dict[str, Any]:
     ids = token_ids(batch)
     if name.startswith("engine"):
         accelerate_model(model)
-        seen["spread"] = isinstance(model.lm_head.weight, DTensor)
+        # of FSDP2's the engine gets what was gathered behind the backbone
+        seen["spread"] = "tp_size" in sizes and isinstance(model.lm_head.weight, DTensor)
         mask = torch.ones_like(ids)
         loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss
     else:

@@ -16,7 +16,10 @@ DEFAULT_PROMPTS = (
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    options = _parser().parse_args(argv)
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed its help or the mistake
+        return int(stop.code or 0)
     try:
         return int(options.run(options) or 0)
     except ValueError as error:

@@ -202,4 +202,6 @@ def test_from_the_command_line(models, tmp_path, capsys) -> None:
     arguments = ["merge", "mean", *map(str, models), "--output", str(tmp_path / "mean")]
     assert main(arguments) == 0
     assert main(arguments) == 2
+    assert main(["merge", "--help"]) == 0
+    assert main(["merge", "mean"]) == 2
     assert "is not empty" in capsys.readouterr().err

@@ -328,8 +328,9 @@ class Blocks(NamedTuple):
 def choose_blocks(itemsize: int, capability: int, is_aligned: bool, is_plain: bool) -> Blocks:
     """For elements of `itemsize` bytes on `capability` 80, 90, 100 or AMD. None was timed.
 
-    `is_plain` is a fold of reference and sum alone. None spills, with or without every option,
-    which a test asserts: on sm_90 the options do not fit beside 256 columns of products.
+    `is_plain` is a fold of reference and sum alone: on sm_90 the options do not fit beside 256
+    columns of products. With aligned 16-bit rows none spills, with or without every option, which a
+    test asserts.
     """
     if itemsize > 2 or not is_aligned:
         # For checks rather than speed: fp32 products do not use tensor cores, and rows out of

@@ -290,7 +290,9 @@ def test_linear_layers_get_their_weight_gradient_and_nothing_else_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """bf16, a tall weight that the fused gradient serves; deep copies keep their own."""
-    monkeypatch.setattr(importlib.import_module("fastpost_kernels.linear"), "_MIN_WORK", 1)
+    module = importlib.import_module("fastpost_kernels.linear")
+    monkeypatch.setattr(module, "_MIN_WORK", 1)
+    monkeypatch.setattr(module, "has_matrix_unit", lambda: True)
     seen: list[Tensor] = []
     original = layers.linear
     monkeypatch.setattr(layers, "linear", lambda *a: (seen.append(a[1]), original(*a))[1])

@@ -42,6 +42,11 @@ class Nf4Linear(nn.Linear):
         TypeError: `compute_dtype` is not float32, bfloat16 or float16.
     """
 
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+
     def __init__(
         self,
         weight: Nf4Weight,
@@ -75,8 +80,15 @@ class Nf4Linear(nn.Linear):
                 "the model with .to(dtype), not its parameters one by one"
             )
         shape = (self.out_features, self.in_features)
-        nested = (self.nested_absmax, self.nested_code, self.offset)
-        return Nf4Weight(self.packed.data, self.absmax, shape, self.block_size, *nested)
+        return Nf4Weight(
+            self.packed,
+            self.absmax,
+            shape,
+            self.block_size,
+            self.nested_absmax,
+            self.nested_code,
+            self.offset,
+        )
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -204,7 +216,7 @@ class _LiveWeight(Tensor):
         found._layer = layer
         return found
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -222,7 +234,7 @@ class _LiveWeight(Tensor):
         self._layer.requantize(value)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func._schema.is_mutable and isinstance(args[0], cls):

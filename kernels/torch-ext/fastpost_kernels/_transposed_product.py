@@ -17,7 +17,7 @@ from torch import Tensor
 from ._csrc import library, num_threads
 from ._layer_passes import rows_of
 
-__all__ = ["STRIP", "copies_pay", "transposed", "transposed_product"]
+__all__ = ["STRIP", "copies_pay", "has_matrix_unit", "transposed", "transposed_product"]
 
 # Columns of a that are copied at a time; products narrower than this were not measured faster.
 STRIP = 2048

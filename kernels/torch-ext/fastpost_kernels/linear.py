@@ -7,7 +7,7 @@ CPU GEMM then packs it element by element: at the sizes of a small language mode
 1.5 TFLOP/s where the other two reach 2.6. One pass over dy writes a transposed copy first, and the
 same GEMM on it takes 0.45 to 0.8 of the time by shape, the copy included (on two AMX cores;
 bench/ops/bench_linear.py). Shapes for which it was not measured faster take the library's own path;
-so do GPUs, fp32, and layers without a weight gradient.
+so do CPUs without AMX, GPUs, fp32, and layers without a weight gradient.
 Rejected: transposing x instead, whose result has to be transposed back.
 
 Legend: M rows, K inputs, N outputs. FLOPs: 2 M N K each. Bytes of the copy: 4 M N.
@@ -24,7 +24,7 @@ from torch.nn import functional
 from ._cost import register_costs
 from ._csrc import library
 from ._namespace import add_op_namespace_prefix
-from ._transposed_product import transposed
+from ._transposed_product import has_matrix_unit, transposed
 
 __all__ = ["linear"]
 
@@ -99,8 +99,9 @@ def linear(
         bias: [N] or None.
 
     Returns:
-        [..., N]. Where the faster gradient serves (bf16 on a CPU, a weight that needs a gradient,
-        no autocast, `is_faster_transposed`) it is differentiable once; else it is torch's own.
+        [..., N]. Where the faster gradient serves (bf16 on a CPU with AMX, a weight that needs a
+        gradient, no autocast, `is_faster_transposed`) it is differentiable once; else it is
+        torch's own.
 
     Raises:
         RuntimeError: shapes or dtypes that do not fit, from torch.
@@ -111,6 +112,7 @@ def linear(
         and x.dtype == weight.dtype == torch.bfloat16
         and x.device.type == weight.device.type == "cpu"
         and torch.is_grad_enabled()
+        and has_matrix_unit()
         and is_faster_transposed(rows, weight.shape)
         and not torch.is_autocast_enabled("cpu")
         and library() is not None

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastpost.adapters.load_nf4 import load_nf4 as load_nf4
     from fastpost.packing import PackPlan as PackPlan
     from fastpost.packing import pack as pack
     from fastpost.scoring import accelerate_model as accelerate_model
@@ -62,6 +63,7 @@ _HOME = {
     "SFTConfig": "fastpost.trainers.sft",
     "SFTTrainer": "fastpost.trainers.sft",
     "accelerate_model": "fastpost.scoring",
+    "load_nf4": "fastpost.adapters.load_nf4",
     "pack": "fastpost.packing",
 }
 
@@ -90,6 +92,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "accelerate_model",
+    "load_nf4",
     "pack",
 ]
 

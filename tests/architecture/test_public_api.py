@@ -32,6 +32,7 @@ def test_fastpost() -> None:
         "SFTConfig",
         "SFTTrainer",
         "accelerate_model",
+        "load_nf4",
         "pack",
     ]
 

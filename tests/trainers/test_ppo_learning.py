@@ -62,7 +62,7 @@ def test_the_score_of_a_reward_model_rises(monkeypatch, tmp_path) -> None:
     print(f"sorted list ranked over the others: {ranked}")
     assert ranked["words"] > 0.9 and ranked["numbers"] > 0.6
     before, after = ppo_reward_model.train(
-        str(tmp_path / "scorer"), str(tmp_path / "policy"), rollouts=12, num_held_out=96
+        str(tmp_path / "scorer"), str(tmp_path / "policy"), rollouts=8, num_held_out=96
     )
     for name, value in before.items():
         if name.startswith("eval_reward"):

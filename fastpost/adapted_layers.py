@@ -214,6 +214,7 @@ def _fits(adapter: Adapter, x: Tensor) -> bool:
     return x.dtype == adapter.weight.dtype
 
 
+@torch.compiler.disable  # what it keeps changes every step, and would be compiled in
 def _weight_norm(module: nn.Module, adapter: Adapter) -> Tensor:
     """DoRA's norm, computed once per optimizer step."""
     a, b = adapter.a, adapter.b

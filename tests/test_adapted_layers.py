@@ -298,13 +298,24 @@ def test_hooks_on_parts_are_called() -> None:
     assert seen and not unfused_adapters(model)
 
 
-def test_compiles(calls) -> None:
-    model = adapted()
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_compiles_once(use_dora: bool) -> None:
+    """DoRA's norm changes with every step, the compiled code does not."""
+    model = adapted(use_dora=use_dora)
     layers.attach(model)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: layer(x), backend=counter)
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
     x = torch.randn(3, 7, 64)
-    compiled = torch.compile(lambda x: layer(x), backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
+    frames = None
+    for _ in range(3):
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x))
+        y.square().sum().backward()
+        optimizer.step()
+        frames = counter.frame_count if frames is None else frames
+    assert counter.frame_count == frames
 
 
 @pytest.fixture

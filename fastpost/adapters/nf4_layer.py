@@ -133,12 +133,12 @@ class Nf4Linear(nn.Linear):
 
     @torch.no_grad()
     def _copy_from(self, weight: Nf4Weight) -> None:
-        # In place, so that autograd's version tells caches of the weight's norms.
+        # In place, so that autograd's version tells caches of the weight's norms; the others are
+        # replaced, as layers share the table of `nested_code`.
         self.packed.copy_(weight.packed.view_as(self.packed))
         for name in _BUFFERS:
-            held = getattr(self, name)
-            if held is not None:
-                held.copy_(getattr(weight, name))
+            if (found := getattr(weight, name)) is not None:
+                self._buffers[name] = found.to(self.packed.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Nf4Linear:
         moved = _bytes_only(fn, self.packed.data)

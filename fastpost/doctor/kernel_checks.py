@@ -11,6 +11,7 @@ from .attention_checks import attention_checks
 from .head_checks import head_checks
 from .kernel_check import CheckResult, Sizes, carry_out
 from .layer_checks import layer_checks
+from .nf4_checks import nf4_checks
 
 __all__ = ["ON_GPU", "CheckResult", "Sizes", "run_checks"]
 
@@ -54,6 +55,7 @@ def run_checks(
             attention_checks(dtype, sizes, backend),
             layer_checks(dtype, sizes),
             *(adapter_checks(dtype, sizes, name) for name in backends),
+            nf4_checks(dtype, sizes, backend),
         ):
             for check in checks:
                 yield carry_out(check, torch.device(device))

@@ -2,9 +2,9 @@
 
 The model is built without memory; then each tensor is read, quantised where it belongs to a linear
 layer, and let go. The host holds one shard (mapped from the file), the model in 4 bits, and while
-one weight is quantised, its fp32 working copies (on the device, if there is one). Folders that
-bitsandbytes has quantised load as they are. What comes back is an ordinary model with `Nf4Linear`
-in place of `nn.Linear`; its `save_pretrained` writes bitsandbytes' format.
+one weight is quantised, some 20 bytes for each of its elements (on the device, if there is one).
+Folders that bitsandbytes has quantised load as they are. What comes back is an ordinary model with
+`Nf4Linear` in place of `nn.Linear`; its `save_pretrained` writes bitsandbytes' format.
 
 Not read: formats other than safetensors, and files whose tensors have other names than the model's
 parameters (mixtures whose experts are stored one by one and held as one parameter).
@@ -72,7 +72,7 @@ def load_nf4(
 
     Raises:
         ValueError: no safetensors; a folder quantised otherwise; parameters that no file holds,
-            such as experts stored one by one; tensors of other shapes.
+            such as experts stored one by one; tensors of other shapes; nothing to quantise.
 
     Warns:
         FastpostWarning: experts kept as 3-D parameters, which are not quantised; tensors of the
@@ -98,6 +98,11 @@ def load_nf4(
         for name, module in built.named_modules()
         if type(module) is nn.Linear and not set(name.split(".")) & set(skip)
     }
+    if not chosen:
+        raise ValueError(
+            f"{type(built).__name__} has no nn.Linear outside of {tuple(skip)}: nothing of it "
+            "would be quantised; use from_pretrained"
+        )
     for file, names in folder.shards.items():
         with safe_open(folder.folder / file, "pt") as shard:
             for name in names:
@@ -175,7 +180,10 @@ def _check_names(folder: WeightFolder, model: Any) -> _Names:
     if lost:
         first = min(lost)
         experts = sorted(name for name in lost if model.get_parameter(name).dim() == 3)
-        reason = "give a folder that save_pretrained wrote for this architecture"
+        reason = (
+            "they are missing, or stored under names that from_pretrained converts, which is not "
+            "done here: use from_pretrained in 16 bits"
+        )
         if experts:
             reason = (
                 f"{len(experts)} of them, first {experts[0]!r}, hold all experts of a layer as one "
@@ -250,20 +258,17 @@ def _finished(model: Any, folder: WeightFolder, name: str, device: torch.device)
     if (folder.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder.folder)
     model.name_or_path = model.config._name_or_path = name
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
-    kept = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    for layer in layers.values():
-        # as a plain dictionary: the class of transformers asks for an installed bitsandbytes
-        model.config.quantization_config = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": layer.nested_absmax is not None,
-            "bnb_4bit_compute_dtype": str(layer.compute_dtype).removeprefix("torch."),
-            "bnb_4bit_quant_storage": str(layer.storage).removeprefix("torch."),
-            "llm_int8_skip_modules": kept,
-        }
-        break
+    layer = next(module for module in model.modules() if isinstance(module, Nf4Linear))
+    # as a plain dictionary: the class of transformers asks for an installed bitsandbytes
+    model.config.quantization_config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": layer.nested_absmax is not None,
+        "bnb_4bit_compute_dtype": str(layer.compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": str(layer.storage).removeprefix("torch."),
+        "llm_int8_skip_modules": [n for n, m in model.named_modules() if type(m) is nn.Linear],
+    }
     if experts := coverage_of(model).experts:
         warnings.warn(
             f"{len(experts)} parameters hold the experts of a layer as one 3-D tensor and are not "

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GPT2Config,
     GptOssConfig,
     Qwen3MoeConfig,
 )
@@ -121,6 +123,21 @@ def test_a_head_named_instead_of_the_embeddings_it_is_tied_to(folder) -> None:
     assert torch.equal(logits(load_nf4(folder, dtype=FP32, device="cpu")), wanted)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "phi3", "cohere2", "glm4"])
+def test_other_architectures(kind, tmp_path) -> None:
+    size = {"num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    dense = {k: v for k, v in TINY_MIXTURE.items() if k != "num_experts_per_tok"}
+    config = AutoConfig.for_model(kind, **(dense | size))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_nf4(tmp_path, dtype=FP32, device="cpu")
+    torch.testing.assert_close(logits(model), logits(rounded(tmp_path)), atol=1e-5, rtol=1e-4)
+    model = load_nf4(tmp_path, device="cpu")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
+    ours = dict(model.named_buffers())
+    for name, buffer in stock.named_buffers():
+        assert ours[name].dtype == buffer.dtype and torch.equal(ours[name], buffer), name
+
+
 def test_skipped_layers_stay_dense(folder) -> None:
     model = load_nf4(folder, device="cpu", skip=("lm_head", "down_proj", "self_attn"))
     names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
@@ -217,6 +234,13 @@ def test_experts_stored_together_are_reported(tmp_path) -> None:
     torch.testing.assert_close(logits(model), logits(wanted), atol=1e-5, rtol=1e-4)
 
 
+def test_a_model_without_linear_layers_is_refused(tmp_path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=97, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no nn"):
+        load_nf4(tmp_path, device="cpu")
+
+
 def _edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -272,7 +296,7 @@ def test_memory_holds_one_shard_and_the_4_bit_model(folder, tmp_path) -> None:
     assert peak < max(files) + kept + workspace + (16 << 20) < sum(files) / 2
 
 
-def test_trains_adapters(folder, run_trainer, messages_data, tokenizer) -> None:
+def test_trains_adapters(folder, tmp_path, run_trainer, messages_data, tokenizer) -> None:
     path = folder.parent / "trained"
     tiny_model(len(tokenizer)).save_pretrained(path)
     options = {"peft_config": LoraConfig(r=4, target_modules="all-linear", use_dora=True)}
@@ -289,10 +313,26 @@ def test_trains_adapters(folder, run_trainer, messages_data, tokenizer) -> None:
             max_steps=4,
         )
         losses.append(torch.tensor(trainer.trace.losses))
-        trained = trainer.model
+        if len(losses) == 1:
+            trained = trainer.model
     torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=0)
     assert losses[0][-1] < losses[0][0] - 0.05
-    assert any("lora_magnitude" in name for name, _ in trained.named_parameters())
+    trained.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        load_nf4(path, dtype=FP32, device="cpu"), tmp_path / "adapter"
+    )
+    torch.testing.assert_close(logits(again), logits(trained.eval()), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_shards_with_fsdp2(folder, storage) -> None:
+    script = Path(__file__).with_name("nf4_fsdp_child.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(script), str(folder), storage], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -59,6 +59,14 @@ def test_many_absmax_are_rounded_alike(bnb) -> None:
     assert torch.equal(nf4_quantize(weight, block_size=32).absmax, state.absmax)
 
 
+def test_pieces_are_the_whole(monkeypatch) -> None:
+    weight = weight_of((37, 331), FP32)
+    whole = nf4_quantize(weight, block_size=64)
+    monkeypatch.setattr("fastpost_kernels._nf4_format._PIECE", 4096)
+    for got, expected in zip(nf4_quantize(weight, block_size=64), whole, strict=True):
+        assert torch.equal(torch.as_tensor(got), torch.as_tensor(expected))
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, BF16])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])

@@ -36,6 +36,7 @@ __all__ = [
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
+_PIECE = 1 << 22  # elements, whole blocks of any size
 # Quantiles of a standard normal, scaled to [-1, 1], with an exact zero (QLoRA, appendix E).
 NF4_LEVELS = (
     -1.0,
@@ -90,21 +91,30 @@ def _nested_table() -> Tensor:
     return torch.bucketize(points, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 
-def quantize_plain(weight: Tensor, block_size: int, double_quant: bool) -> Nf4Weight:
-    """`weight` [N, K] in torch operations."""
-    levels = torch.tensor(NF4_LEVELS, device=weight.device)
-    flat = weight.reshape(-1).float()
+def _quantize_piece(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Bytes and absmax of elements in float32."""
+    levels = torch.tensor(NF4_LEVELS, device=flat.device)
     blocks = _padded(flat, block_size)
     absmax = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
-    tail = len(flat) % block_size
-    if tail:
+    if len(flat) % block_size:
         # bitsandbytes keeps a positive absmax for a last, short block, and divides by it
         absmax[-1] = absmax[-1].clamp(min=1e-38)
         scaled[-1] = (blocks[-1] / absmax[-1]).clamp(-1, 1)
     scaled = _padded(scaled.reshape(-1)[: len(flat)], 2).reshape(-1)
     index = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    packed = (index[::2] << 4) | index[1::2]
+    return (index[::2] << 4) | index[1::2], absmax
+
+
+def quantize_plain(weight: Tensor, block_size: int, double_quant: bool) -> Nf4Weight:
+    """`weight` [N, K] in torch operations, piece by piece: they take some 20 bytes an element."""
+    flat = weight.reshape(-1)
+    packed = flat.new_empty(-(-len(flat) // 2), dtype=torch.uint8)
+    absmax = flat.new_empty(-(-len(flat) // block_size), dtype=torch.float32)
+    for start in range(0, len(flat), _PIECE):
+        part, scales = _quantize_piece(flat[start : start + _PIECE].float(), block_size)
+        packed[start // 2 : start // 2 + len(part)] = part
+        absmax[start // block_size : start // block_size + len(scales)] = scales
     shape = (weight.shape[0], weight.shape[1])
     if not double_quant:
         return Nf4Weight(packed, absmax, shape, block_size)

@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from fastpost.adapters.first_backward import tensors_without_gradient
 from fastpost.adapters.lora_plus import require_lora_b, split_groups
 from fastpost.adapters.saved import check_saved_adapter
 from fastpost.backbone import FastpostWarning, PackedBackbone
@@ -80,6 +81,7 @@ class EngineTrainer(_Trainer):
     engine: PackedBackbone
     ref_engine: PackedBackbone | None
 
+    _is_first_step = True
     _lora_plus_groups: Sequence[int] = ()
     _staging: str | None = None
     _manifest: dict[str, Any] | None = None
@@ -109,6 +111,24 @@ class EngineTrainer(_Trainer):
                 self.optimizer, self.model, self.args.lora_plus_ratio
             )
         return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A step; after the first one an adapter's tensors without a gradient are named."""
+        loss = super().training_step(*args, **kwargs)
+        # half precision begins with a loss scale that may overflow; the scaler lowers it
+        if self._is_first_step and isinstance(self.model, PeftModel) and not self.args.fp16:
+            left_out = tensors_without_gradient(self.model)
+            if left_out:
+                named = ", ".join(left_out[:8]) + ", ..." * (len(left_out) > 8)
+                warn(
+                    f"fastpost: {len(left_out)} trained tensors got no finite gradient in the "
+                    f"first backward: {named}. "
+                    "Their layers are not called, their output is detached, or the loss overflows",
+                    FastpostWarning,
+                    stacklevel=2,
+                )
+        self._is_first_step = False
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; beside the learning rate that of LoRA+'s matrices B."""

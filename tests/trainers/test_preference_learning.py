@@ -41,7 +41,7 @@ def test_answers_to_one_problem_are_no_neighbours_in_a_kto_batch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "steps"), [("kto", 40), ("orpo", 40), ("simpo", 40), ("dpo", 20)]
+    ("method", "steps"), [("kto", 40), ("orpo", 40), ("simpo", 40), ("dpo", 16)]
 )
 def test_right_answers_come_to_be_preferred(method: str, steps: int) -> None:
     before, after = load_example().main(["--method", method, "--steps", str(steps)])

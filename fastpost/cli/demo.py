@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
         return 0
     if argv:
         raise UsageError(f"demo takes no options, got {' '.join(argv)}")
-    # PEFT imports it where it is installed, and it warns of inference kernels that nothing here uses
+    # PEFT imports it where it is installed; it warns of inference kernels that nothing here uses
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from fastpost.demo.run import run_demo  # heavy
 

@@ -32,7 +32,7 @@ from fastpost_kernels import (
     row_square_norms,
 )
 
-__all__ = ["forward_for", "group_forward", "unfused_adapters"]
+__all__ = ["class_name", "forward_for", "group_forward", "has_hooks", "unfused_adapters"]
 
 _PEFT = "peft.tuners.lora."
 _LAYERS = frozenset({(_PEFT + "layer", "Linear"), (_PEFT + "bnb", "Linear4bit")})
@@ -77,7 +77,7 @@ _NORMS: weakref.WeakKeyDictionary[nn.Module, _Norms] = weakref.WeakKeyDictionary
 
 def forward_for(module: nn.Module) -> Any:
     """The forward that serves `module`, or None."""
-    return _adapted_forward if _class_name(module) in _LAYERS else None
+    return _adapted_forward if class_name(module) in _LAYERS else None
 
 
 def unfused_adapters(model: nn.Module) -> Counter[str]:
@@ -97,7 +97,7 @@ def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
     layers = []
     for module in modules:
         forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        if forward is not _adapted_forward or _has_hooks(module):
+        if forward is not _adapted_forward or has_hooks(module):
             return None
         adapter = _adapter_of(module)
         if isinstance(adapter, str) or not _fits(adapter, x):
@@ -143,7 +143,7 @@ def _adapter_of(module: Any) -> Adapter | str:
         return f"{len(names)} active adapters"
     name = names[0]
     variant = module.lora_variant.get(name)
-    is_dora = variant is not None and _class_name(variant) == _DORA
+    is_dora = variant is not None and class_name(variant) == _DORA
     if variant is not None and not is_dora:
         return f"variant {type(variant).__qualname__}"
     if module.lora_bias.get(name, False):
@@ -154,7 +154,7 @@ def _adapter_of(module: Any) -> Adapter | str:
     parts = [module.base_layer, a, b, dropout]
     if is_dora:
         parts.append(module.lora_magnitude_vector[name])
-    if any(_has_hooks(part) for part in parts):
+    if any(has_hooks(part) for part in parts):
         return "a hook on a part of the layer"
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
         return "matrices that are not linear layers"
@@ -181,10 +181,10 @@ def _weight_of(base: Any) -> Tensor | Nf4Weight | str:
     """The base layer's weight, or why the kernels cannot read it."""
     if type(base) is nn.Linear:
         return base.weight if _is_plain(base.weight) else f"a {type(base.weight).__name__} weight"
-    if _class_name(base) == _NF4_LINEAR:
+    if class_name(base) == _NF4_LINEAR:
         own: Nf4Weight = base.nf4
         return own if _is_plain(own.packed) else f"a {type(own.packed).__name__} weight"
-    if _class_name(base) != _BNB_LINEAR:
+    if class_name(base) != _BNB_LINEAR:
         return f"a base layer of class {type(base).__qualname__}"
     state = getattr(base.weight, "quant_state", None)
     if state is None or state.quant_type != "nf4" or len(state.shape) != 2:
@@ -238,7 +238,8 @@ def _is_plain(tensor: Any) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: hooks must see their call."""
     hooks = (
         module._forward_pre_hooks,
         module._forward_hooks,
@@ -248,7 +249,8 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(hooks)
 
 
-def _class_name(module: Any) -> tuple[str, str]:
+def class_name(module: Any) -> tuple[str, str]:
+    """Where a class is defined and its name: known without importing its library."""
     return type(module).__module__, type(module).__qualname__
 
 

@@ -102,18 +102,14 @@ def detach(model: nn.Module) -> None:
 
 def _fused_forward(module: nn.Module) -> Any:
     """The forward that serves `module`, or None."""
-    name = _class_name(module)
+    name = adapted_layers.class_name(module)
     if name in RMS_NORMS:
         return _rms_norm_forward
-    if name in GATED_MLPS and _class_name(module.act_fn) in _SILUS:
+    if name in GATED_MLPS and adapted_layers.class_name(module.act_fn) in _SILUS:
         return _gated_mlp_forward
     if type(module) is nn.Linear:
         return _linear_forward
     return None
-
-
-def _class_name(module: Any) -> tuple[str, str]:
-    return type(module).__module__, type(module).__qualname__
 
 
 def _is_served(min_elements: int, *tensors: Tensor) -> bool:
@@ -151,15 +147,10 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
 
 
 def _is_plain_silu(activation: nn.Module) -> bool:
-    """Whether calling it does no more than SiLU: hooks must see their call."""
-    hooks = (
-        activation._forward_pre_hooks,
-        activation._forward_hooks,
-        activation._backward_pre_hooks,
-        activation._backward_hooks,
-    )
-    is_silu = _class_name(activation) in _SILUS and "forward" not in activation.__dict__
-    return is_silu and not any(hooks)
+    """Whether calling it does no more than SiLU."""
+    is_silu = adapted_layers.class_name(activation) in _SILUS
+    is_own = "forward" not in activation.__dict__
+    return is_silu and is_own and not adapted_layers.has_hooks(activation)
 
 
 _adapted_forward_for = adapted_layers.forward_for

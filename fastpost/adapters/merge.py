@@ -1,5 +1,7 @@
 """Adapters into weights, shard by shard, and proved: the merged model says what the adapter said.
 
+The proof loads one model after the other; the merge itself holds one shard.
+
     LoRA    W' = W + s B A
     DoRA    W' = m / ||W + s B A|| * (W + s B A), by rows
 
@@ -104,8 +106,11 @@ def merge_adapter(
             for name, parameter in adapted.named_parameters():
                 parameter.data = base_weight(name, parameter.data)
         adapted = PeftModel.from_pretrained(adapted, str(adapter_folder))
-        result = AutoModelForCausalLM.from_pretrained(folder)
-        kls = _token_kl(adapted, result, AutoTokenizer.from_pretrained(base_folder), prompts)
+        tokenizer = AutoTokenizer.from_pretrained(base_folder)
+        before = _log_probs(adapted, tokenizer, prompts)
+        del adapted  # one model is in memory at a time
+        after = _log_probs(AutoModelForCausalLM.from_pretrained(folder), tokenizer, prompts)
+        kls = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)])
         report = MergeReport(len(deltas), float(kls.mean()), float(kls.max()))
         if not report.mean_kl <= max_kl:
             raise ValueError(
@@ -169,11 +174,7 @@ def _read_deltas(folder: str | Path) -> dict[str, _Delta]:
 
 
 @torch.no_grad()
-def _token_kl(first: Any, second: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """KL of `second` from `first` at every token of every prompt."""
-    found = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        log_p, log_q = (model(ids).logits.float().log_softmax(-1)[0] for model in (first, second))
-        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(found)
+def _log_probs(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Tensor]:
+    """[tokens, V] of each prompt."""
+    batches = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    return [model(ids).logits.float().log_softmax(-1)[0] for ids in batches]

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ._adapter_passes import dropped
+from ._adapter_products import check_dropout, rank_gradients
 from ._choices import adapted_shape, choose
 from ._cost import register_costs
 from ._device import BACKENDS, HAS_TRITON, resolve_backend
@@ -145,11 +146,8 @@ def lora_linear_bwd(
         d_bs, d_weights = [], []
         layers = zip(grads, weights, bs, scales, _slices(bs), need_weights, need_bs, strict=True)
         for grad, _, b, scale, part, need_weight, need_b in layers:
-            torch.mm(grad, b.to(x.dtype), out=d_u[:, part]).mul_(scale)
             d_weights.append(grad.t() @ x if need_weight else x.new_empty(0))
-            # r rows from a small transposed copy; the wide operand stays as it lies
-            d_b = (u[:, part].t().contiguous() @ grad).mul_(scale) if need_b else None
-            d_bs.append(x.new_empty(0) if d_b is None else d_b.t().contiguous())
+            d_bs.append(rank_gradients(grad, u[:, part], b, scale, d_u[:, part], need_b))
         d_a = x.new_empty(0)
         if need_a:
             d_a = d_u.t().contiguous() @ dropped(x, dropout_p, seed, backend)
@@ -333,7 +331,7 @@ def lora_linears(
         _check(x, layer)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    seed = _check_dropout(dropout_p, seed)
+    seed = check_dropout(dropout_p, seed)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     a = layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])
@@ -389,17 +387,6 @@ def lora_linear(
     """
     layer = LoraWeights(weight, bias, a, b, scale)
     return lora_linears(x, [layer], dropout_p=dropout_p, seed=seed, backend=backend)[0]
-
-
-def _check_dropout(dropout_p: float, seed: int | None) -> int:
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p > 0 and seed is None:
-        raise ValueError(
-            f"dropout_p is {dropout_p} but seed is None: pass an integer that changes every step, "
-            "as int(torch.randint(2**62, ()))"
-        )
-    return 0 if seed is None else int(seed)
 
 
 def _check(x: Tensor, layer: LoraWeights) -> None:

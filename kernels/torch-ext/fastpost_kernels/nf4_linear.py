@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ._adapter_passes import dropped
+from ._adapter_products import check_dropout, rank_gradients
 from ._cost import register_costs
 from ._device import BACKENDS, HAS_TRITON, resolve_backend
 from ._namespace import add_op_namespace_prefix
@@ -182,9 +183,8 @@ def nf4_linear_bwd(
     d_u = None
     with torch.cuda.device_of(grad):
         if b is not None:
-            d_u = (grad @ b.to(grad.dtype)).mul_(scale)
-            # r rows from a small transposed copy; the wide operand stays as it lies
-            d_b = (u.t().contiguous() @ grad).mul_(scale).t().contiguous()
+            d_u = torch.empty_like(u)
+            d_b = rank_gradients(grad, u, b, scale, d_u, True)
             if x is not None:
                 d_a = d_u.t().contiguous() @ dropped(x, dropout_p, seed, backend)
         if need_x:
@@ -396,13 +396,10 @@ def nf4_linear(
                 f"expected a [r, {inputs}] and b [{outputs}, r], got {tuple(a.shape)} and "
                 f"{tuple(b.shape)}"
             )
-    if not 0 <= dropout_p < 1 or (dropout_p > 0 and seed is None):
-        raise ValueError(
-            f"dropout_p must be in [0, 1) and come with a seed, got {dropout_p} and seed {seed}"
-        )
+    seed = check_dropout(dropout_p, seed)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    settings = (float(scale), float(dropout_p), 0 if seed is None else int(seed), backend)
+    settings = (float(scale), float(dropout_p), seed, backend)
     y, _ = nf4_linear_fwd(x.reshape(-1, inputs), *parts, bias, a, b, *settings)
     return y.view(*x.shape[:-1], outputs)
 

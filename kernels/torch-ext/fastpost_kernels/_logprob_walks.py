@@ -25,11 +25,12 @@ from ._vocab_tiles import (
     fold_rows,
     gemm_rows,
     start_state,
+    statistics_dtype,
     target_logits,
 )
 from ._vocab_workspace import fold_plan
 
-__all__ = ["backward", "forward", "forward_pair", "head_gradients", "scale_rows"]
+__all__ = ["backward", "forward", "forward_pair", "head_gradients", "no_result", "scale_rows"]
 
 MOMENTS = ("entropy", "log_sum_sq_probs", "mean_logits")
 
@@ -207,3 +208,9 @@ def scale_rows(matrix: Tensor, factors: Tensor) -> Tensor:
         part = slice(start, start + step)
         torch.mul(matrix[part], factors[part, None], out=out[part])
     return out
+
+
+def no_result(hidden: Tensor, name: str, compute_dtype: torch.dtype) -> Tensor:
+    """What an op returns for a result that was not asked for: no elements, of its dtype."""
+    dtypes = {"is_top1": torch.bool, "jacobian": hidden.dtype}
+    return hidden.new_empty(0, dtype=dtypes.get(name, statistics_dtype(compute_dtype)))

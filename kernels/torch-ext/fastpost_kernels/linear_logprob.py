@@ -50,7 +50,7 @@ from ._linear_arguments import (
     resolve_settings,
     resolve_transform,
 )
-from ._logprob_walks import forward, head_gradients
+from ._logprob_walks import forward, head_gradients, no_result
 from ._lora_head import LoraHead
 from ._namespace import add_op_namespace_prefix
 from ._vocab_flops import gradient_flops, head_flops
@@ -107,15 +107,10 @@ def linear_logprob_fwd(
     names = tuple(name for name in outputs.split(",") if name)
     with torch.cuda.device_of(hidden):
         found = forward(head, names, with_jacobian)
-    absent = {name: _absent(hidden, name, compute_dtype) for name in (*OUTPUTS, "jacobian")}
+    absent = {name: no_result(hidden, name, compute_dtype) for name in (*OUTPUTS, "jacobian")}
     found = absent | found
     entropy, squares, mean, top1, lse = (found[name] for name in OUTPUTS)
     return found["logprob"], entropy, squares, mean, top1, lse, found["stats"], found["jacobian"]
-
-
-def _absent(hidden: Tensor, name: str, compute_dtype: torch.dtype) -> Tensor:
-    dtypes = {"is_top1": torch.bool, "jacobian": hidden.dtype}
-    return hidden.new_empty(0, dtype=dtypes.get(name, statistics_dtype(compute_dtype)))
 
 
 @linear_logprob_fwd.register_fake
@@ -143,7 +138,7 @@ def _(
     optional = [
         hidden.new_empty(rows, dtype=torch.bool if name == "is_top1" else wide)
         if name in names
-        else _absent(hidden, name, compute_dtype)
+        else no_result(hidden, name, compute_dtype)
         for name in OUTPUTS
     ]
     jacobian = hidden.new_empty((rows, width) if with_jacobian else (0,))

@@ -40,7 +40,7 @@ from ._linear_arguments import (
     resolve_settings,
     resolve_transform,
 )
-from ._logprob_walks import backward, forward, forward_pair
+from ._logprob_walks import backward, forward, forward_pair, no_result
 from ._namespace import add_op_namespace_prefix
 from ._preference_arguments import HeadRows, check_sequences, reference_arguments
 from ._sequence_sums import Sequences
@@ -125,7 +125,7 @@ def preference_logratio_fwd(
                 found = forward(head, names, with_jacobian)
                 ref_found = forward(reference._replace(weight=ref_weight, bias=ref_bias), (), False)
             ref_logps = ref_sequences.sums(ref_found["logprob"])
-    absent = {name: _absent(hidden, name, compute_dtype) for name in (*OUTPUTS, "jacobian")}
+    absent = {name: no_result(hidden, name, compute_dtype) for name in (*OUTPUTS, "jacobian")}
     found = absent | found
     entropy, squares, mean, top1 = (found[name] for name in OUTPUTS)
     return (
@@ -140,11 +140,6 @@ def preference_logratio_fwd(
         found["stats"],
         found["jacobian"],
     )
-
-
-def _absent(hidden: Tensor, name: str, compute_dtype: torch.dtype) -> Tensor:
-    dtypes = {"is_top1": torch.bool, "jacobian": hidden.dtype}
-    return hidden.new_empty(0, dtype=dtypes.get(name, statistics_dtype(compute_dtype)))
 
 
 @preference_logratio_fwd.register_fake
@@ -175,7 +170,7 @@ def _(
     optional = [
         hidden.new_empty(rows, dtype=torch.bool if name == "is_top1" else wide)
         if name in names
-        else _absent(hidden, name, compute_dtype)
+        else no_result(hidden, name, compute_dtype)
         for name in OUTPUTS
     ]
     return (

@@ -49,6 +49,7 @@ from ._linear_arguments import (
     resolve_settings,
     resolve_transform,
 )
+from ._logprob_walks import no_result
 from ._namespace import add_op_namespace_prefix
 from ._vocab_agreement import Group, Terms, agree, refuse
 from ._vocab_parallel_walks import Part, backward, forward
@@ -118,15 +119,10 @@ def vocab_parallel_logprob_fwd(
     with torch.cuda.device_of(hidden):
         agree(group, Terms(hidden, weight, targets, vocab_start, vocab_size, options))
         found = forward(head, Part(vocab_start, vocab_size, group), names, with_jacobian)
-    absent = {name: _absent(hidden, name, compute_dtype) for name in (*OUTPUTS, "jacobian")}
+    absent = {name: no_result(hidden, name, compute_dtype) for name in (*OUTPUTS, "jacobian")}
     found = absent | found
     entropy, squares, mean, top1, lse = (found[name] for name in OUTPUTS)
     return found["logprob"], entropy, squares, mean, top1, lse, found["stats"], found["jacobian"]
-
-
-def _absent(hidden: Tensor, name: str, compute_dtype: torch.dtype) -> Tensor:
-    dtypes = {"is_top1": torch.bool, "jacobian": hidden.dtype}
-    return hidden.new_empty(0, dtype=dtypes.get(name, statistics_dtype(compute_dtype)))
 
 
 @vocab_parallel_logprob_fwd.register_fake
@@ -155,7 +151,7 @@ def _(
     optional = [
         hidden.new_empty(rows, dtype=torch.bool if name == "is_top1" else wide)
         if name in names
-        else _absent(hidden, name, compute_dtype)
+        else no_result(hidden, name, compute_dtype)
         for name in OUTPUTS
     ]
     jacobian = hidden.new_empty((rows, width) if with_jacobian else (0,))

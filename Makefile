@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes of one thread each: most tests are too small to use two threads.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test test-slow lint bench clean
@@ -25,10 +27,10 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 METHODS := dpo sft kto orpo simpo reward grpo rloo online_dpo ppo
 

@@ -36,6 +36,7 @@ from fastpost.adapters.first_backward import tensors_without_gradient
 from fastpost.adapters.lora_plus import require_lora_b, split_groups
 from fastpost.adapters.saved import check_saved_adapter
 from fastpost.backbone import FastpostWarning, PackedBackbone
+from fastpost.checkpointed_layers import keep_layer_options
 from fastpost.checkpoints import (
     SAVING,
     last_complete_checkpoint,
@@ -97,6 +98,7 @@ class EngineTrainer(_Trainer):
         logger.info(self.engine.report())
         if isinstance(self.args, ReferenceConfig):
             logger.warning("reference: %s", describe_reference(self))
+        keep_layer_options(self.model, self.args.activation_checkpointing_kwargs)
         self.add_callback(_GoOnExactly(self))
         check_fingerprint(self.model, self.processing_class)
         if self.args.lora_plus_ratio is not None:

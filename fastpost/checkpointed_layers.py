@@ -1,0 +1,38 @@
+"""Which layers are checkpointed, kept when checkpointing is switched off and on again.
+
+transformers takes `every_n_layers` and `offload` out of `activation_checkpointing_kwargs` before it
+switches checkpointing on. TRL switches it off for the reference pass and for generation, and on
+again with the whole dictionary, which `torch.utils.checkpoint` then refuses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+LAYER_OPTIONS = ("every_n_layers", "offload")
+
+
+def keep_layer_options(model: Any, options: dict[str, Any] | None) -> None:
+    """Let `model.gradient_checkpointing_enable` take the layer options out of its dictionary.
+
+    Args:
+        model: of transformers, or a PEFT model around one; it alone is changed, not its class.
+        options: `activation_checkpointing_kwargs`; without a layer option nothing is changed.
+    """
+    if not set(LAYER_OPTIONS) & set(options or ()):
+        return
+    base: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
+    enable = type(base)._activation_checkpointing_enable
+
+    def gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None, **layer_options: Any
+    ) -> None:
+        rest = dict(gradient_checkpointing_kwargs or {})
+        for name in LAYER_OPTIONS:
+            if name in rest:
+                layer_options[name] = rest.pop(name)
+        enable(base, rest or None, **layer_options)
+
+    base.gradient_checkpointing_enable = gradient_checkpointing_enable

@@ -28,6 +28,7 @@ from typing import Any
 from torch import Tensor
 from trl.import_utils import TRLExperimentalWarning
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.trainers.engine_config import EngineConfig, as_config
 from fastpost.trainers.reference_free import ReferenceFreeTrainer, check_arguments
 
@@ -65,6 +66,7 @@ class CPOTrainer(ReferenceFreeTrainer, trl_cpo.CPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_config(args, CPOConfig)
+        kwargs |= preset_argument(args, kwargs)
         check_arguments("CPO", model, args, train_dataset, model_init)
         super().__init__(
             model,

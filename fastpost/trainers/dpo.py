@@ -34,6 +34,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer import dpo_trainer as trl_dpo
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.reference import refuse_shared_reference
 from fastpost.head import is_plain_head
@@ -95,6 +96,7 @@ class DPOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.DPOTrainer)
         **kwargs: Any,
     ) -> None:
         args = as_config(args, DPOConfig)
+        kwargs |= preset_argument(args, kwargs)
         adapter = has_adapter(model, kwargs.get("peft_config"))
         check_reference(args, "DPO", ("base", "frozen", "cached"), adapter, ref_model)
         refuse_unsupported(args)

@@ -18,6 +18,7 @@ class EngineConfig:
     Attributes:
         prefix_sharing: compute equal beginnings of rows once.
         memory_budget_gb: workspace of the language-model head in GiB, None for the default.
+        adapter: "best" trains DoRA with LoRA+ on all linear layers (`fastpost.adapters.preset`).
         lora_plus_ratio: learning rate of LoRA's matrices B over that of everything else (LoRA+).
     """
 
@@ -27,6 +28,10 @@ class EngineConfig:
     memory_budget_gb: float | None = field(
         default=None,
         metadata={"help": "Workspace of the language-model head in GiB. None: kernel default."},
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "'best': DoRA of rank 32 on all linear layers, with LoRA+. None: none."},
     )
     lora_plus_ratio: float | None = field(
         default=None,

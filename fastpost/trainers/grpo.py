@@ -28,6 +28,7 @@ from typing import Any
 import trl
 from trl.trainer import grpo_trainer as trl_grpo
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.references import ReferenceConfig
 from fastpost.rollout.rollout_config import RolloutConfig
 from fastpost.trainers.engine_config import EngineConfig
@@ -66,6 +67,7 @@ class GRPOTrainer(GroupTrainer, trl.GRPOTrainer):
     ) -> None:
         args = as_group_config(args, GRPOConfig)
         has_tools = bool(kwargs.get("tools") or kwargs.get("environment_factory"))
+        kwargs |= preset_argument(args, kwargs)
         peft_config = kwargs.get("peft_config")
         refuse_before_loading(args, model, peft_config, train_dataset, "GRPO", has_tools)
         with engine_at_seam(trl_grpo, args) as engines:

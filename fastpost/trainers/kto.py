@@ -30,6 +30,7 @@ import trl
 from datasets import Dataset
 from trl.trainer import kto_trainer as trl_kto
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.reference import refuse_shared_reference
 from fastpost.reference_cache import unpadded_row
@@ -80,6 +81,7 @@ class KTOTrainer(CachedReference, ReferenceGuard, EngineTrainer, trl.KTOTrainer)
         **kwargs: Any,
     ) -> None:
         args = as_config(args, KTOConfig)
+        kwargs |= preset_argument(args, kwargs)
         adapter = has_adapter(model, kwargs.get("peft_config"))
         check_reference(args, "KTO", ("base", "frozen", "cached"), adapter, ref_model)
         refuse_unsupported(args)

@@ -38,6 +38,7 @@ from trl.extras.profiling import profiling_context
 from trl.import_utils import TRLExperimentalWarning
 from trl.models import unwrap_model_for_generation
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.reference import refuse_shared_reference
 from fastpost.references import (
@@ -94,6 +95,7 @@ class OnlineDPOTrainer(ReferenceGuard, EngineTrainer, trl_online_dpo.OnlineDPOTr
         **kwargs: Any,
     ) -> None:
         args = as_config(args, OnlineDPOConfig)
+        kwargs |= preset_argument(args, kwargs)
         adapter = has_adapter(model, kwargs.get("peft_config"))
         check_reference(args, "online DPO", ("base", "frozen"), adapter, ref_model)
         _refuse_before_loading(args, train_dataset)

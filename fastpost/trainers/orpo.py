@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl.import_utils import TRLExperimentalWarning
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.losses.orpo import log_odds
 from fastpost.trainers.engine_config import EngineConfig, as_config
 from fastpost.trainers.reference_free import ReferenceFreeTrainer, check_arguments
@@ -66,6 +67,7 @@ class ORPOTrainer(ReferenceFreeTrainer, trl_orpo.ORPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_config(args, ORPOConfig)
+        kwargs |= preset_argument(args, kwargs)
         check_arguments("ORPO", model, args, train_dataset, model_init)
         super().__init__(
             model,

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.reference import refuse_shared_reference
 from fastpost.losses import kl_k2, mean_entropy, ppo_loss, value_loss
@@ -97,6 +98,8 @@ class PPOTrainer(PPORollouts, ReferenceGuard, EngineTrainer, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = as_config(args, PPOConfig)
+        preset = preset_argument(args, {"peft_config": peft_config})
+        peft_config = preset.get("peft_config", peft_config)
         adapter = has_adapter(model, peft_config)
         check_reference(args, "PPO", ("base", "frozen", "none"), adapter, ref_model)
         refuse_unsupported(args)

@@ -38,6 +38,7 @@ from transformers import (
     set_seed,
 )
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.guards.classifier import refuse_head_budget, refuse_unsaved_head
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.pooling import accelerate_pooled
@@ -130,6 +131,8 @@ class PRMTrainer(EngineTrainer, Trainer):
         peft_config: Any = None,
     ) -> None:
         args = as_config(args, PRMConfig)
+        preset = preset_argument(args, {"peft_config": peft_config}, "TOKEN_CLS")
+        peft_config = preset.get("peft_config", peft_config)
         refuse_unsupported(args)
         refuse_head_budget(args)
         if train_dataset is None:

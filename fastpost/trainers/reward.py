@@ -28,6 +28,7 @@ from typing import Any
 
 import trl
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.guards.classifier import refuse_head_budget, refuse_unsaved_head
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.pooling import accelerate_pooled
@@ -58,6 +59,7 @@ class RewardTrainer(EngineTrainer, trl.RewardTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_config(args, RewardConfig)
+        kwargs |= preset_argument(args, kwargs, "SEQ_CLS")
         refuse_unsupported(args)
         refuse_head_budget(args)
         if train_dataset is not None:

@@ -27,6 +27,7 @@ import trl
 from torch import Tensor
 from trl.trainer import rloo_trainer as trl_rloo
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.references import ReferenceConfig
 from fastpost.rollout.rollout_config import RolloutConfig
 from fastpost.trainers.engine_config import EngineConfig
@@ -64,6 +65,7 @@ class RLOOTrainer(GroupTrainer, trl.RLOOTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_group_config(args, RLOOConfig)
+        kwargs |= preset_argument(args, kwargs)
         peft_config = kwargs.get("peft_config")
         refuse_before_loading(args, model, peft_config, train_dataset, "RLOO", has_tools=False)
         with engine_at_seam(trl_rloo, args) as engines:

@@ -27,6 +27,7 @@ from typing import Any
 import trl
 from trl.trainer import sft_trainer as trl_sft
 
+from fastpost.adapters.preset import preset_argument
 from fastpost.guards.assistant_rows import mask_assistant_turns
 from fastpost.guards.columns import column_names, require_columns, require_rows
 from fastpost.guards.mask import MaskReport, count_mask
@@ -62,6 +63,7 @@ class SFTTrainer(EngineTrainer, trl.SFTTrainer):
         **kwargs: Any,
     ) -> None:
         args = as_config(args, SFTConfig)
+        kwargs |= preset_argument(args, kwargs)
         refuse_unsupported(args)
         if train_dataset is not None and kwargs.get("formatting_func") is None:
             require_rows(train_dataset, "train_dataset")

@@ -70,6 +70,7 @@ Probe = Changes | Refused | SameRun | ShownBy
 ENGINE: dict[str, Probe] = {
     "prefix_sharing": Changes("engine", False),
     "memory_budget_gb": Changes("engine", 1e-3),
+    "adapter": Changes("gradients", "best"),
     # of a run without an adapter; that it is obeyed is shown by tests/adapters/test_lora_plus.py
     "lora_plus_ratio": Refused(16.0, "trains no LoRA matrix B"),
 }
@@ -200,6 +201,7 @@ ORPO: dict[str, Probe] = {
 NO_HEAD: dict[str, Probe] = {
     "prefix_sharing": ENGINE["prefix_sharing"],
     "memory_budget_gb": Refused(1.0, "memory_budget_gb"),
+    "adapter": ENGINE["adapter"],
     "lora_plus_ratio": ENGINE["lora_plus_ratio"],
 }
 

@@ -17,12 +17,22 @@ namespace {
 
 constexpr int64_t kPiece = 4096;  // elements that one thread unpacks at a time
 
+constexpr int64_t kNested = 256;  // blocks that share a nested absmax
+
 struct Unpack {
   const uint8_t* packed;
-  const float *absmax, *levels;
+  const float* absmax;    // of every block, or null:
+  const uint8_t* coded;   // code[coded[block]] * nested[block / kNested] + offset
+  const float *nested, *code, *offset, *levels;
   int64_t block_size;
   void* out;
 };
+
+FASTPOST_INLINE float absmax_of(const Unpack& p, int64_t block) {
+  if (p.absmax) return p.absmax[block];
+  const volatile float scaled = p.code[p.coded[block]] * p.nested[block / kNested];  // no FMA
+  return scaled + *p.offset;
+}
 
 // Elements [first, first + n) of one block, first even; n may be odd at the very end.
 template <class T>
@@ -51,12 +61,6 @@ struct Avx512 {
     return _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   }
 
-  FASTPOST_AVX512 static inline void write(__m512 first, __m512 second, bf16* out) {
-    const __m512i low = _mm512_srli_epi32(rounded(first), 16);
-    const __m512i high = _mm512_and_si512(rounded(second), _mm512_set1_epi32(int(0xffff0000u)));
-    _mm512_storeu_si512(out, _mm512_or_si512(low, high));
-  }
-
   FASTPOST_AVX512 static inline void write(__m512 first, __m512 second, float* out) {
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -64,9 +68,26 @@ struct Avx512 {
     _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(first, high, second));
   }
 
-  template <class T>
-  FASTPOST_AVX512 static void unpack(const uint8_t* bytes, int64_t n, float absmax,
-                                     const float* levels, T* out) {
+  // The 16 values of a block, rounded, are looked up as 16-bit words: 32 elements at a time.
+  FASTPOST_AVX512 static inline void unpack(const uint8_t* bytes, int64_t n, float absmax,
+                                     const float* levels, bf16* out) {
+    const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(absmax));
+    const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(values), 16));
+    // twice: permutexvar reads five bits of an index, of which the highest is another nibble's
+    const __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i / 2));
+      const __m512i wide = _mm512_cvtepu8_epi32(raw);
+      const __m512i index =
+          _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, table));
+    }
+    unpack_slow(bytes + i / 2, n - i, absmax, levels, out + i);
+  }
+
+  FASTPOST_AVX512 static inline void unpack(const uint8_t* bytes, int64_t n, float absmax,
+                                     const float* levels, float* out) {
     const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(absmax));
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
@@ -106,7 +127,7 @@ struct Avx2 {
   }
 
   template <class T>
-  FASTPOST_AVX2 static void unpack(const uint8_t* bytes, int64_t n, float absmax,
+  FASTPOST_AVX2 static inline void unpack(const uint8_t* bytes, int64_t n, float absmax,
                                    const float* levels, T* out) {
     const __m256 scale = _mm256_set1_ps(absmax);
     const __m256 low = _mm256_mul_ps(_mm256_loadu_ps(levels), scale);
@@ -123,15 +144,28 @@ struct Avx2 {
 };
 #endif
 
-// Elements [first, first + n), cut at the borders of blocks.
+// Elements [first, first + n), cut at the borders of blocks. A copy for each instruction set, into
+// which the set's own functions are inlined: a call a block would cost as much as its work.
+#define FASTPOST_PIECE(TARGET, SET)                                                         \
+  template <class T>                                                                        \
+  TARGET void piece_of(SET, const Unpack& p, int64_t first, int64_t n, T* out) {            \
+    const int shift = __builtin_ctzll(uint64_t(p.block_size));                              \
+    for (int64_t i = 0; i < n;) {                                                           \
+      const int64_t element = first + i, block = element >> shift;                          \
+      const int64_t size = std::min(n - i, ((block + 1) << shift) - element);               \
+      SET::unpack(p.packed + element / 2, size, absmax_of(p, block), p.levels, out + i);    \
+      i += size;                                                                            \
+    }                                                                                       \
+  }
+FASTPOST_PIECE(, Portable)
+#if FASTPOST_X86
+FASTPOST_PIECE(FASTPOST_AVX2, Avx2)
+FASTPOST_PIECE(FASTPOST_AVX512, Avx512)
+#endif
+
 template <class Set, class T>
 void unpack_piece(const Unpack& p, int64_t first, int64_t n, T* out) {
-  for (int64_t i = 0; i < n;) {
-    const int64_t element = first + i, block = element / p.block_size;
-    const int64_t size = std::min(n - i, (block + 1) * p.block_size - element);
-    Set::unpack(p.packed + element / 2, size, p.absmax[block], p.levels, out + i);
-    i += size;
-  }
+  piece_of(Set(), p, first, n, out);
 }
 
 template <class T>
@@ -162,13 +196,16 @@ void unpack(const Unpack& p, int64_t first, int64_t stride, int64_t runs, int64_
 }  // namespace
 }  // namespace fastpost
 
+// absmax [blocks], or null and coded [blocks], nested [ceil(blocks / 256)], code [256], offset [1].
 // `levels` [16]; out: bf16 or fp32, runs `out_stride` apart.
 FASTPOST_EXPORT void fastpost_nf4_unpack(int is_bf16, const uint8_t* packed, const float* absmax,
+                                         const uint8_t* coded, const float* nested,
+                                         const float* code, const float* offset,
                                          const float* levels, int64_t block_size, int64_t first,
                                          int64_t stride, int64_t runs, int64_t length, void* out,
                                          int64_t out_stride, int simd_limit, int threads) {
   using namespace fastpost;
-  const Unpack p{packed, absmax, levels, block_size, out};
+  const Unpack p{packed, absmax, coded, nested, code, offset, levels, block_size, out};
   if (is_bf16) {
     unpack<bf16>(p, first, stride, runs, length, out_stride, simd_limit, threads);
   } else {

@@ -31,6 +31,7 @@ from fastpost_kernels import (
     nf4_linear,
     row_square_norms,
 )
+from fastpost_kernels.dora_linear import scale_columns
 
 __all__ = ["class_name", "forward_for", "group_forward", "has_hooks", "unfused_adapters"]
 
@@ -94,7 +95,7 @@ def unfused_adapters(model: nn.Module) -> Counter[str]:
 
 def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
     """Outputs of several adapted layers on one input, read once; None where they cannot share."""
-    layers = []
+    adapters, layers = [], []
     for module in modules:
         forward = getattr(module.__dict__.get("forward"), "__func__", None)
         if forward is not _adapted_forward or has_hooks(module):
@@ -104,10 +105,16 @@ def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
             return None
         weight, bias, a, b, scale, dropout_p, magnitude, _ = adapter
         # dropout would be one mask for all, where PEFT draws one for each
-        if isinstance(weight, Nf4Weight) or magnitude is not None or dropout_p > 0:
+        if isinstance(weight, Nf4Weight) or dropout_p > 0:
             return None
-        layers.append(LoraWeights(weight, bias, a, b, scale))
-    return lora_linears(x, layers)
+        adapters.append(adapter)
+        layers.append(LoraWeights(weight, bias if magnitude is None else None, a, b, scale))
+    outputs = lora_linears(x, layers)
+    for i, (module, adapter) in enumerate(zip(modules, adapters, strict=True)):
+        if adapter.magnitude is not None:
+            norm = _weight_norm(module, adapter)
+            outputs[i] = scale_columns(outputs[i], adapter.magnitude, norm, adapter.bias)
+    return outputs
 
 
 def _adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

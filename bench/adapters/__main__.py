@@ -1,5 +1,7 @@
 """`python -m bench.adapters [KIND ...]`: a table, and bench/results/adapters.json.
 
+`python -m bench.adapters nf4` measures a frozen 4-bit layer alone (`bench.adapters.nf4`).
+
 A step is forward, loss on the answers, backward, AdamW on the adapter; the same rows for everyone.
 Three contenders from equal weights: PEFT on the stock model; PEFT with our adapted and fused layers
 alone, on the same padded rows; and our engine (packing, prefix attention, no logits). Losses are
@@ -11,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
+from bench.adapters import nf4
 from bench.adapters.models import KINDS, RANK, build
 from bench.environment import RESULTS, describe
-from bench.ops.measuring import peak_bytes
+from bench.ops.measuring import Clock, choose_clock, peak_bytes
 from bench.trainers.workload import maths_rows
 from fastpost import accelerate_model, layers
 from fastpost.demo.smollm2 import smollm2_path
@@ -96,7 +98,7 @@ def saved_bytes(model: nn.Module, attach: bool) -> int:
     return sum(kept.values())
 
 
-def measure(kind: str, batch: dict[str, Tensor], rounds: int) -> list[dict[str, Any]]:
+def measure(kind: str, batch: dict[str, Tensor], rounds: int, clock: Clock) -> list[dict[str, Any]]:
     steps = {name: contender(name, kind, batch) for name in CONTENDERS}
     losses = {name: step() for name, step in steps.items()}
     spread = max(losses.values()) - min(losses.values())
@@ -105,9 +107,7 @@ def measure(kind: str, batch: dict[str, Tensor], rounds: int) -> list[dict[str, 
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock.milliseconds(step) / 1e3)
     found = []
     for name, step in steps.items():
         with FlopCounterMode(display=False) as counter:
@@ -129,23 +129,34 @@ def measure(kind: str, batch: dict[str, Tensor], rounds: int) -> list[dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.adapters", description=__doc__)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}: all")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}, or nf4: all"
+    )
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="5; of nf4 40")
     options = parser.parse_args()
+    if options.kinds == ["nf4"]:
+        nf4.main(options.rounds or 40)
+        return
     batch = rows(options.rows)
     print(
         f"{options.rows} rows, {batch['input_ids'].numel()} padded tokens, "
         f"{int(batch['attention_mask'].sum())} real, {int((batch['labels'] != -100).sum())} scored"
     )
+    threads = torch.get_num_threads()
+    # of one thread its own clock, which does not run while another process does
+    clock_name, clock = choose_clock("cpu" if threads == 1 else "wall", torch.device("cpu"))
     results = []
     for kind in options.kinds or KINDS:
-        found = measure(kind, batch, options.rounds)
+        found = measure(kind, batch, options.rounds or 5, clock)
         for row in found:
             ratio = row["median_s"] / found[0]["median_s"]
             print(*(f"{value!s:>16}" for value in row.values()), f"{ratio:>8.2f}x", flush=True)
         results += found
     head = describe("bench.adapters") | {"rank": RANK, "rows": options.rows}
+    head |= {"clock": clock_name, "threads": threads}
+    if len(results) < len(KINDS) * len(CONTENDERS):
+        return  # the stored table is of one complete run
     (RESULTS / "adapters.json").write_text(json.dumps(head | {"results": results}, indent=1) + "\n")
 
 

@@ -13,8 +13,6 @@ parameters (mixtures whose experts are stored one by one and held as one paramet
 from __future__ import annotations
 
 import copy
-import ctypes
-import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from fastpost.adapters.nf4_coverage import coverage_of
 from fastpost.adapters.nf4_layer import Nf4Linear
 from fastpost.adapters.nf4_state import QUANT_STATE, unpack_state
-from fastpost.adapters.weight_files import WeightFolder
+from fastpost.adapters.weight_files import WeightFolder, release_freed
 from fastpost.backbone import FastpostWarning
 from fastpost_kernels import nf4_quantize
 
@@ -116,17 +114,9 @@ def load_nf4(
                     _assign(built, name, tensor, dtype, target)
                 del tensor
                 if name in chosen and target.type == "cpu":
-                    _release_freed()
+                    release_freed()
     built.tie_weights(missing_keys=missing.absent)
     return _finished(built, folder, str(model), target)
-
-
-def _release_freed() -> None:
-    """glibc keeps what freed working copies leave between the weights, which adds up to several
-    times the 4-bit model; elsewhere there is nothing to do."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 class _Names:

@@ -27,7 +27,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastpost.adapters.weight_files import WeightFolder, staged, write_like
 from fastpost_kernels import dora_weight_norm, nf4_dequantize, nf4_quantize
 
-__all__ = ["MergeReport", "merge_adapter"]
+__all__ = [
+    "Delta",
+    "MergeReport",
+    "check_known",
+    "log_probs",
+    "merge_adapter",
+    "merged_weight",
+    "read_deltas",
+    "token_kls",
+]
 
 BASES = ("original", "nf4")
 _PREFIX = "base_model.model."
@@ -47,11 +56,13 @@ class MergeReport(NamedTuple):
         )
 
 
-class _Delta(NamedTuple):
-    a: Tensor
-    b: Tensor
+class Delta(NamedTuple):
+    """One layer's adapter in float32."""
+
+    a: Tensor  # [r, K]
+    b: Tensor  # [N, r]
     scale: float
-    magnitude: Tensor | None
+    magnitude: Tensor | None  # [N], of DoRA
 
 
 def merge_adapter(
@@ -82,13 +93,8 @@ def merge_adapter(
         raise ValueError(f"base must be one of {BASES}, got {base!r}")
     if not prompts:
         raise ValueError("prompts is empty: the merged model is compared on at least one text")
-    weights, deltas = WeightFolder(base_folder), _read_deltas(adapter_folder)
-    unknown = sorted(set(deltas) - set(weights.shard_of))
-    if unknown:
-        raise ValueError(
-            f"{adapter_folder} adapts {unknown[0]!r}, which {base_folder} does not have: the "
-            "adapter belongs to another model"
-        )
+    weights, deltas = WeightFolder(base_folder), read_deltas(adapter_folder)
+    check_known(deltas, weights, adapter_folder)
 
     def base_weight(name: str, tensor: Tensor) -> Tensor:
         if base == "nf4" and name in deltas:
@@ -97,7 +103,7 @@ def merge_adapter(
 
     def merged(name: str, tensor: Tensor) -> Tensor:
         delta = deltas.get(name)
-        return tensor if delta is None else _merge(name, base_weight(name, tensor), delta)
+        return tensor if delta is None else merged_weight(name, base_weight(name, tensor), delta)
 
     with staged(output) as folder:
         write_like(weights, folder, merged)
@@ -107,10 +113,10 @@ def merge_adapter(
                 parameter.data = base_weight(name, parameter.data)
         adapted = PeftModel.from_pretrained(adapted, str(adapter_folder))
         tokenizer = AutoTokenizer.from_pretrained(base_folder)
-        before = _log_probs(adapted, tokenizer, prompts)
+        before = log_probs(adapted, tokenizer, prompts)
         del adapted  # one model is in memory at a time
-        after = _log_probs(AutoModelForCausalLM.from_pretrained(folder), tokenizer, prompts)
-        kls = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)])
+        after = log_probs(AutoModelForCausalLM.from_pretrained(folder), tokenizer, prompts)
+        kls = token_kls(before, after)
         report = MergeReport(len(deltas), float(kls.mean()), float(kls.max()))
         if not report.mean_kl <= max_kl:
             raise ValueError(
@@ -120,7 +126,24 @@ def merge_adapter(
     return report
 
 
-def _merge(name: str, weight: Tensor, delta: _Delta) -> Tensor:
+def check_known(
+    deltas: dict[str, Delta], weights: WeightFolder, adapter_folder: str | Path
+) -> None:
+    """Raises ValueError if the adapter is of weights that the folder does not have."""
+    unknown = sorted(set(deltas) - set(weights.shard_of))
+    if unknown:
+        raise ValueError(
+            f"{adapter_folder} adapts {unknown[0]!r}, which {weights.folder} does not have: the "
+            "adapter belongs to another model"
+        )
+
+
+def merged_weight(name: str, weight: Tensor, delta: Delta) -> Tensor:
+    """W' [N, K] in the dtype of `weight`.
+
+    Raises:
+        ValueError: an adapter of another shape.
+    """
     if weight.shape != (len(delta.b), delta.a.shape[1]):
         raise ValueError(
             f"{name} is {tuple(weight.shape)}, its adapter fits "
@@ -133,7 +156,7 @@ def _merge(name: str, weight: Tensor, delta: _Delta) -> Tensor:
     return wide.to(weight.dtype)
 
 
-def _read_deltas(folder: str | Path) -> dict[str, _Delta]:
+def read_deltas(folder: str | Path) -> dict[str, Delta]:
     """Name of the base weight -> its adapter in float32.
 
     Raises:
@@ -146,7 +169,7 @@ def _read_deltas(folder: str | Path) -> dict[str, _Delta]:
         if getattr(config, field, None):
             raise ValueError(f"{folder}: {field} is not merged here; use PEFT's merge_and_unload")
     tensors = load_file(Path(folder, "adapter_model.safetensors"))
-    deltas: dict[str, _Delta] = {}
+    deltas: dict[str, Delta] = {}
     used: set[str] = set()
     for key in tensors:
         if not key.endswith(".lora_A.weight"):
@@ -160,7 +183,7 @@ def _read_deltas(folder: str | Path) -> dict[str, _Delta]:
             get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha
         )
         scale = alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))
-        deltas[f"{name}.weight"] = _Delta(
+        deltas[f"{name}.weight"] = Delta(
             a, b, scale, None if magnitude is None else magnitude.float()
         )
         used.update(k for k in keys if k in tensors)
@@ -174,7 +197,12 @@ def _read_deltas(folder: str | Path) -> dict[str, _Delta]:
 
 
 @torch.no_grad()
-def _log_probs(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Tensor]:
+def log_probs(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Tensor]:
     """[tokens, V] of each prompt."""
     batches = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     return [model(ids).logits.float().log_softmax(-1)[0] for ids in batches]
+
+
+def token_kls(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """KL of `after` from `before` at every token of all prompts, [tokens], nats."""
+    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)])

@@ -5,10 +5,11 @@ Host memory holds one shard. A folder is written beside its place and renamed wh
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["WeightFolder", "staged", "write_like"]
+__all__ = ["WeightFolder", "release_freed", "staged", "write_like", "write_several"]
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -57,14 +58,39 @@ class WeightFolder:
 def write_like(source: WeightFolder, target: Path, make: Callable[[str, Tensor], Tensor]) -> None:
     """Write `make(name, tensor)` of every tensor of `source` into `target`, in the same shards,
     and everything that is not weights as it is."""
+    write_several(source, target, lambda name, tensor: {name: make(name, tensor)})
+
+
+def write_several(
+    source: WeightFolder, target: Path, make: Callable[[str, Tensor], Mapping[str, Tensor]]
+) -> None:
+    """As `write_like`, with any number of named tensors in place of each; the index follows."""
+    shard_of: dict[str, str] = {}
+    num_bytes = 0
     for file, names in source.shards.items():
+        tensors: dict[str, Tensor] = {}
         with safe_open(source.folder / file, "pt") as shard:
-            tensors = {name: make(name, shard.get_tensor(name)).contiguous() for name in names}
+            for name in names:
+                made = make(name, shard.get_tensor(name))
+                tensors |= {key: tensor.contiguous() for key, tensor in made.items()}
         save_file(tensors, target / file, {"format": "pt"})
+        shard_of |= dict.fromkeys(tensors, file)
+        num_bytes += sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     skipped = {"safetensors", "bin", "pt", "pth", "gguf"}
     for path in source.folder.iterdir():
         if path.is_file() and path.suffix.lstrip(".") not in skipped:
             shutil.copy2(path, target / path.name)
+    if (source.folder / _INDEX).exists():
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": shard_of}
+        (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def release_freed() -> None:
+    """glibc keeps what freed working copies leave between the weights, which adds up to several
+    times the 4-bit model; elsewhere there is nothing to do."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

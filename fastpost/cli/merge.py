@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
         default="original",
         help="nf4: onto the dequantised 4-bit weights that the adapter was trained on",
     )
+    adapter.add_argument(
+        "--into",
+        choices=("original", "nf4"),
+        default="original",
+        help="nf4: the result is written in 4 bits, as bitsandbytes writes it",
+    )
     adapter.add_argument("--prompts", help="text file, one a line, to compare the results on")
     adapter.add_argument("--max-kl", type=float, default=0.01, help="nats a token; 0.01")
     adapter.set_defaults(run=_adapter)
@@ -68,12 +74,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _adapter(options: argparse.Namespace) -> None:
     from fastpost.adapters.merge import merge_adapter  # heavy
+    from fastpost.adapters.merge_nf4 import merge_adapter_nf4
 
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
     if options.prompts:
         lines = Path(options.prompts).read_text().splitlines()
         prompts = tuple(line for line in lines if line.strip())
-    report = merge_adapter(
+    merge = merge_adapter_nf4 if options.into == "nf4" else merge_adapter
+    report = merge(
         options.base_folder,
         options.adapter_folder,
         options.output,

@@ -13,11 +13,25 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastpost_kernels import linear_logprob, lora_linear, prefix_attention
-from fastpost_kernels._choices import adapted_shape, attention_shape, head_shape, weight_shape
+from fastpost_kernels import (
+    Nf4Weight,
+    linear_logprob,
+    lora_linear,
+    nf4_linear,
+    nf4_quantize,
+    prefix_attention,
+)
+from fastpost_kernels._choices import (
+    adapted_shape,
+    attention_shape,
+    head_shape,
+    layer_shape,
+    weight_shape,
+)
 
 __all__ = ["ON_GPU", "Sizes", "Subject", "subjects"]
 
+FP32 = torch.float32
 Tensors = dict[str, Tensor]
 
 
@@ -32,6 +46,7 @@ class Sizes:
     layer_rows: tuple[int, ...]
     layers: tuple[tuple[int, int], ...]  # outputs and inputs of an adapted layer
     ranks: tuple[int, ...]
+    few_rows: tuple[int, ...]  # of a 4-bit layer: one between any two limits to choose from
     head_sizes: tuple[int, ...]
     heads: tuple[int, int]  # of queries and of keys
     prompt: int
@@ -47,6 +62,7 @@ ON_GPU = Sizes(
     layer_rows=(2048, 8192),
     layers=((2048, 2048), (4096, 4096), (14_336, 4096), (4096, 14_336)),
     ranks=(16, 64),
+    few_rows=(16, 32, 64, 128, 256),
     head_sizes=(64, 128),
     heads=(32, 8),
     prompt=4096,
@@ -89,6 +105,7 @@ def subjects(
         for rank in sizes.ranks:
             for rows in sizes.layer_rows:
                 yield _adapted(rows, layer, rank, dtype)
+        yield _four_bit(sizes.few_rows, layer, dtype, backend)
     for size in sizes.head_sizes:
         for choice in ("prefix_forward", "prefix_grad_query", "prefix_grad_key"):
             yield _attention(choice, size, sizes, dtype, backend)
@@ -105,7 +122,7 @@ def _head(choice: str, size: tuple[int, int, int], dtype: torch.dtype, backend: 
         dtype,
         partial(_make_head, size, dtype),
         partial(function, dtype=dtype, backend=backend),
-        partial(function, dtype=torch.float32, backend="torch"),
+        partial(function, dtype=FP32, backend="torch"),
         partial(function, dtype=dtype, backend="torch"),
     )
 
@@ -158,7 +175,7 @@ def _adapted(rows: int, layer: tuple[int, int], rank: int, dtype: torch.dtype) -
         dtype,
         partial(_make_adapted, rows, layer, rank, dtype),
         partial(_adapt, dtype=dtype, backend="auto"),
-        partial(_adapt, dtype=torch.float32, backend="torch"),
+        partial(_adapt, dtype=FP32, backend="torch"),
         partial(_adapt, dtype=dtype, backend="torch"),
     )
 
@@ -183,6 +200,50 @@ def _adapt(given: Tensors, *, dtype: torch.dtype, backend: str) -> Tensors:
         return {"y": lora_linear(x, weight, None, a, b, 2.0, backend=backend)}
 
 
+def _four_bit(
+    few_rows: tuple[int, ...], layer: tuple[int, int], dtype: torch.dtype, backend: str
+) -> Subject:
+    outputs, inputs = layer
+    return Subject(
+        "nf4_rows",
+        layer_shape(layer, dtype),
+        f"M {', '.join(map(str, few_rows))}, {inputs} -> {outputs}, 4 bits",
+        dtype,
+        partial(_make_four_bit, max(few_rows), layer, dtype),
+        partial(_multiply_rows, few_rows=few_rows, layer=layer, dtype=dtype, backend=backend),
+        partial(_multiply_rows, few_rows=few_rows, layer=layer, dtype=FP32, backend="torch"),
+        partial(_multiply_rows, few_rows=few_rows, layer=layer, dtype=dtype, backend="torch"),
+    )
+
+
+def _make_four_bit(
+    rows: int, layer: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensors:
+    generator = torch.Generator(device).manual_seed(1)
+    shapes = {"x": (rows, layer[1]), "weight": layer}
+    made = {
+        name: torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        for name, shape in shapes.items()
+    }
+    weight = nf4_quantize(made["weight"] * layer[1] ** -0.5, double_quant=False)
+    return {"x": made["x"], "packed": weight.packed, "absmax": weight.absmax}
+
+
+def _multiply_rows(
+    given: Tensors,
+    *,
+    few_rows: tuple[int, ...],
+    layer: tuple[int, int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensors:
+    """One product for each number of rows: the best limit has the smallest sum of their times."""
+    weight = Nf4Weight(given["packed"], given["absmax"], layer)
+    x = given["x"].to(dtype)
+    with torch.no_grad():
+        return {f"y of {n}": nf4_linear(x[:n], weight, backend=backend) for n in few_rows}
+
+
 def _attention(choice: str, size: int, sizes: Sizes, dtype: torch.dtype, backend: str) -> Subject:
     end = sizes.prompt + sizes.answers * sizes.answer
     starts = range(sizes.prompt, end, sizes.answer)
@@ -197,7 +258,7 @@ def _attention(choice: str, size: int, sizes: Sizes, dtype: torch.dtype, backend
         dtype,
         partial(_make_attention, size, sizes.heads, end, dtype),
         partial(run, dtype=dtype, backend=backend),
-        partial(run, dtype=torch.float32, backend="torch"),
+        partial(run, dtype=FP32, backend="torch"),
         partial(run, dtype=dtype, backend="torch"),
     )
 

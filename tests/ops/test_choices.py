@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from fastpost.cache_folder import cache_root
-from fastpost_kernels import _choices, _vocab_workspace, linear_logprob, prefix_attention
+from fastpost_kernels import (
+    _choices,
+    _vocab_workspace,
+    linear_logprob,
+    nf4_dequantize,
+    nf4_quantize,
+    prefix_attention,
+)
 from fastpost_kernels._choices import (
     CHOICES,
     attention_shape,
@@ -21,6 +28,7 @@ from fastpost_kernels._choices import (
     choose,
     forget,
     head_shape,
+    layer_shape,
     override,
     read,
     save,
@@ -267,3 +275,35 @@ def test_an_adapted_layer_follows_its_choice(monkeypatch: pytest.MonkeyPatch) ->
         assert calls == [FP32, FP32]
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("option", "fused"), [("64", [5, 64]), ("0", []), ("256", [5, 64, 65])])
+def test_the_rows_of_a_4_bit_layer_follow_their_choice(
+    option: str, fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the limit one GEMM unpacks as it goes; results are the same either way."""
+    layer = importlib.import_module("fastpost_kernels.nf4_linear")
+    calls: list[int] = []
+    original = layer.multiply
+
+    def spied(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(len(x))
+        return original(x, *args)
+
+    monkeypatch.setattr(layer, "multiply", spied)
+    generator = torch.Generator().manual_seed(3)
+    weight = nf4_quantize(torch.randn(18, 64, generator=generator))
+    x = torch.randn(65, 64, generator=generator)
+    with override({"nf4_rows": option}):
+        found = [layer.nf4_linear(x[:rows], weight, backend="triton") for rows in (5, 64, 65)]
+    assert calls == fused
+    for y in found:
+        expected = x[: len(y)] @ nf4_dequantize(weight, FP32).t()
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rows_of_a_4_bit_layer_are_chosen_by_its_shape() -> None:
+    assert layer_shape((18, 64), FP32) == "K64-N16-float32"
+    save(DEVICE, {"nf4_rows": {"K64-N16-float32": "128"}}, [])
+    assert choose("nf4_rows", CPU, layer_shape((18, 64), FP32)) == "128"
+    assert choose("nf4_rows", CPU, layer_shape((64, 18), FP32)) == CHOICES["nf4_rows"][0] == "64"

@@ -118,7 +118,7 @@ def test_every_instruction_set(dtype: torch.dtype, level: int) -> None:
         bytes_, absmax = weight.packed.view(-1), absmax_of(weight)
         guarded = Canary(torch.full(shape, float("nan"), dtype=dtype), strides=(shape[1], 1))
         part = (slice(0, shape[0]), slice(0, shape[1]))
-        unpack(bytes_, absmax, shape, 32, part, guarded.inner, "cpp", level)
+        unpack(weight, part, guarded.inner, "cpp", level)
         guarded.assert_untouched()
         assert torch.equal(
             guarded.inner, dequantize_plain(bytes_, absmax, shape, 32, FP32).to(dtype)
@@ -131,7 +131,7 @@ def test_tiles_are_the_weight(monkeypatch, backend: str, shape: tuple[int, int])
     monkeypatch.setattr("fastpost_kernels._nf4_unpack.TILE_BYTES", {"cpu": 2048})
     weight = nf4_quantize(torch.randn(shape), block_size=64)
     whole = nf4_dequantize(weight, FP32)
-    arguments = (weight.packed, absmax_of(weight), shape, 64, FP32, backend)
+    arguments = (weight, FP32, backend)
     rows, cols = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
     for part, tile in WeightTiles(*arguments).by_rows():
         rows[part] = tile

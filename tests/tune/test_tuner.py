@@ -34,6 +34,7 @@ TINY = Sizes(
     layer_rows=(5,),
     layers=((18, 16),),
     ranks=(4,),
+    few_rows=(5, 20),
     head_sizes=(16,),
     heads=(2, 1),
     prompt=10,
@@ -205,10 +206,11 @@ def test_every_choice_is_measured_at_its_own_shapes(monkeypatch: pytest.MonkeyPa
     for name in CHOICES:  # two options are enough, and small tiles are faster to interpret
         if name.startswith("prefix_"):
             monkeypatch.setitem(CHOICES, name, ("default", "16x16x4x1"))
+    monkeypatch.setitem(CHOICES, "nf4_rows", ("64", "16"))
     found = list(subjects(TINY, dtype=BF16))
     assert {subject.choice for subject in found} == set(CHOICES)
     asked: set[tuple[str, str]] = set()
-    for name in ("_vocab_tiles", "_vocab_workspace", "_prefix_triton", "lora_linear"):
+    for name in ("_vocab_tiles", "_vocab_workspace", "_prefix_triton", "lora_linear", "nf4_linear"):
         module = importlib.import_module(f"fastpost_kernels.{name}")
         monkeypatch.setattr(module, "choose", spy(asked))
 

@@ -41,6 +41,7 @@ __all__ = [
     "device_name",
     "forget",
     "head_shape",
+    "layer_shape",
     "override",
     "read",
     "save",
@@ -57,6 +58,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "head_tile": ("4096x4096", "2048x4096", "8192x4096", "4096x2048", "8192x2048"),
     # lora_linear: two GEMMs of the library, or one in Triton that goes on over A's rank
     "lora_linear": ("library", "triton"),
+    # nf4_linear: rows up to which one GEMM unpacks as it goes, instead of unpacking to memory first
+    "nf4_rows": ("64", "0", "16", "32", "128", "256"),
     # rows x keys x warps x stages of prefix attention's kernels
     "prefix_forward": ("default", "128x128x8x2", "128x64x8x3", "128x64x4x2", "64x64x4x3"),
     "prefix_grad_query": ("default", "128x64x8x2", "64x64x4x2", "64x64x8x3", "64x32x4x2"),
@@ -121,6 +124,12 @@ def adapted_shape(rows: int, weight: tuple[int, ...], rank: int, dtype: torch.dt
     """The shape class of a product with a weight of these two sizes and an adapter."""
     inner, outer = map(_nearest, weight)
     return f"M{_nearest(rows)}-K{inner}-N{outer}-R{_nearest(rank)}-{_name(dtype)}"
+
+
+def layer_shape(weight: tuple[int, ...], dtype: torch.dtype) -> str:
+    """The shape class of a layer whatever its rows; `weight` is [N, K] as the layer stores it."""
+    outer, inner = map(_nearest, weight)
+    return f"K{inner}-N{outer}-{_name(dtype)}"
 
 
 def attention_shape(head_size: int, dtype: torch.dtype) -> str:

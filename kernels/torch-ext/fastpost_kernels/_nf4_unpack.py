@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from ._csrc import advise_huge_pages, library, num_threads
+from ._csrc import library, num_threads
 from ._device import HAS_TRITON
-from ._nf4_format import NF4_LEVELS, dequantize_plain
+from ._kept_buffer import kept_buffer
+from ._nf4_format import NF4_LEVELS, Nf4Weight, absmax_of, dequantize_plain
 
 if HAS_TRITON:
     from . import _nf4_triton as passes_triton
 
-__all__ = ["WeightTiles", "unpack"]
+__all__ = ["WeightTiles", "as_it_lies", "tile_elements", "unpack"]
 
 # Bytes of one unpacked tile: what a GEMM finds again in the last cache.
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
@@ -22,17 +24,14 @@ _LEVELS = torch.tensor(NF4_LEVELS)
 
 
 def unpack(
-    packed: Tensor,  # bytes, flat uint8
-    absmax: Tensor,  # [blocks] float32
-    shape: tuple[int, int],
-    block_size: int,
+    weight: Nf4Weight,
     part: tuple[slice, slice],
     out: Tensor,
     backend: str,
     simd_limit: int = -1,
 ) -> Tensor:
     """`out` = weight[part]: all columns of some rows, or some columns (even ones) of all rows."""
-    inputs = shape[1]
+    (_, inputs), block_size = weight.shape, weight.block_size
     rows, cols = part
     first = rows.start * inputs + cols.start
     if cols.stop - cols.start == inputs:  # one run: rows are adjacent
@@ -41,14 +40,15 @@ def unpack(
         run, stride = out, inputs
     begins_blocks = first % block_size == 0 and stride % block_size == 0
     if backend == "triton" and begins_blocks and run.shape[1] % 2 == 0:
-        passes_triton.unpack(packed, absmax, block_size, first, stride, run)
+        packed = weight.packed.reshape(-1).view(torch.uint8)
+        passes_triton.unpack(packed, absmax_of(weight), block_size, first, stride, run)
     elif backend == "cpp" and first % 2 == 0 and stride % 2 == 0:
         lib = library()
         assert lib is not None
         lib.fastpost_nf4_unpack(
             out.dtype == torch.bfloat16,
-            packed.data_ptr(),
-            absmax.data_ptr(),
+            weight.packed.data_ptr(),
+            *_scales(weight),
             _LEVELS.data_ptr(),
             block_size,
             first,
@@ -61,53 +61,68 @@ def unpack(
             num_threads(),
         )
     else:
-        whole = dequantize_plain(packed, absmax, shape, block_size, out.dtype)
+        packed = weight.packed.reshape(-1).view(torch.uint8)
+        whole = dequantize_plain(packed, absmax_of(weight), weight.shape, block_size, out.dtype)
         out.copy_(whole[part])
     return out
 
 
-class WeightTiles:
-    """A quantised weight, unpacked tile by tile into one reused buffer."""
+def as_it_lies(weight: Nf4Weight) -> Nf4Weight:
+    """The weight as C++ reads it: contiguous, what decodes absmax in float32."""
+    nested = (weight.nested_absmax, weight.nested_code, weight.offset)
+    wide = [None if t is None else t.to(torch.float32).contiguous() for t in nested]
+    packed, absmax = weight.packed.contiguous(), weight.absmax.contiguous()
+    return Nf4Weight(packed, absmax, weight.shape, weight.block_size, *wide)
 
-    def __init__(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        shape: tuple[int, int],
-        block_size: int,
-        dtype: torch.dtype,
-        backend: str,
-    ) -> None:
-        self.arguments = (packed.reshape(-1).view(torch.uint8), absmax.contiguous(), shape)
-        self.shape, self.block_size, self.dtype, self.backend = shape, block_size, dtype, backend
-        self.elements = tile_elements(shape, block_size, dtype, packed.device.type)
-        self.buffer: Tensor | None = None
+
+def _scales(weight: Nf4Weight) -> tuple[int | None, ...]:
+    """Pointers to absmax, or to its bytes and what they stand for, which C++ decodes by block."""
+    if weight.nested_absmax is None:
+        return weight.absmax.data_ptr(), None, None, None, None
+    assert weight.nested_code is not None and weight.offset is not None
+    nested, code, offset = weight.nested_absmax, weight.nested_code, weight.offset
+    return None, *(part.data_ptr() for part in (weight.absmax, nested, code, offset))
+
+
+class WeightTiles:
+    """A quantised weight, unpacked tile by tile into one buffer, on CPUs one that is kept
+    between calls: page faults of a fresh one would cost as much as unpacking."""
+
+    def __init__(self, weight: Nf4Weight, dtype: torch.dtype, backend: str) -> None:
+        if backend != "cpp":  # once, not by tile
+            weight = weight._replace(absmax=absmax_of(weight), nested_absmax=None)
+        self.weight = as_it_lies(weight)
+        self.shape, self.block_size = weight.shape, weight.block_size
+        self.dtype, self.backend = dtype, backend
+        device = weight.packed.device.type
+        self.elements = tile_elements(weight.shape, weight.block_size, dtype, device)
 
     def by_rows(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the outputs with their weights [n, K]."""
         outputs, inputs = self.shape
-        step = max(1, self.elements // max(1, inputs))
-        for start in range(0, outputs, step):
-            part = slice(start, min(start + step, outputs))
-            yield part, self._tile((part, slice(0, inputs)))
+        step = min(outputs, max(1, self.elements // max(1, inputs)))
+        with self._buffer(step * inputs) as buffer:
+            for start in range(0, outputs, step or 1):
+                part = slice(start, min(start + step, outputs))
+                yield part, self._tile((part, slice(0, inputs)), buffer)
 
     def by_columns(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the inputs with their weights [N, k]."""
         outputs, inputs = self.shape
         step = max(self.block_size, self.elements // max(1, outputs))
-        step = step // self.block_size * self.block_size
-        for start in range(0, inputs, step):
-            part = slice(start, min(start + step, inputs))
-            yield part, self._tile((slice(0, outputs), part))
+        step = min(inputs, step // self.block_size * self.block_size)
+        with self._buffer(outputs * step) as buffer:
+            for start in range(0, inputs, step or 1):
+                part = slice(start, min(start + step, inputs))
+                yield part, self._tile((slice(0, outputs), part), buffer)
 
-    def _tile(self, part: tuple[slice, slice]) -> Tensor:
+    def _buffer(self, elements: int) -> AbstractContextManager[Tensor]:
+        return kept_buffer(elements, self.dtype, self.weight.packed.device)
+
+    def _tile(self, part: tuple[slice, slice], buffer: Tensor) -> Tensor:
         rows, cols = (s.stop - s.start for s in part)
-        if self.buffer is None or self.buffer.numel() < rows * cols:
-            device = self.arguments[0].device
-            fresh = torch.empty(rows * cols, dtype=self.dtype, device=device)
-            self.buffer = advise_huge_pages(fresh)
-        out = self.buffer[: rows * cols].view(rows, cols)
-        return unpack(*self.arguments, self.block_size, part, out, self.backend)
+        out = buffer[: rows * cols].view(rows, cols)
+        return unpack(self.weight, part, out, self.backend)
 
 
 def tile_elements(

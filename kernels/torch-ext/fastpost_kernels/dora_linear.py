@@ -34,13 +34,13 @@ from ._cost import register_costs
 from ._device import resolve_backend
 from ._layer_passes import rows_of
 from ._namespace import add_op_namespace_prefix
-from ._nf4_format import Nf4Weight, absmax_of
+from ._nf4_format import Nf4Weight
 from ._nf4_unpack import WeightTiles
 from ._vocab_tiles import statistics_dtype
 from .lora_linear import lora_linear
 from .nf4_linear import nf4_linear
 
-__all__ = ["dora_linear", "dora_weight_norm", "row_square_norms"]
+__all__ = ["dora_linear", "dora_weight_norm", "row_square_norms", "scale_columns"]
 
 # A norm^2 below this share of its positive terms has lost the digits of 16-bit products.
 CANCELLATION = 2**-4
@@ -191,8 +191,7 @@ def _row_tiles(weight: Tensor | Nf4Weight, dtype: torch.dtype) -> Iterator[tuple
     if isinstance(weight, Tensor):
         return iter([(slice(0, len(weight)), weight)])
     backend = resolve_backend("auto", weight.packed.device, dtype)
-    plain = (weight.packed, absmax_of(weight), weight.shape, weight.block_size)
-    return WeightTiles(*plain, dtype, backend).by_rows()
+    return WeightTiles(weight, dtype, backend).by_rows()
 
 
 def dora_linear(
@@ -220,9 +219,7 @@ def dora_linear(
     Raises:
         ValueError, TypeError: as `lora_linear`; a magnitude or norm that is not [N].
     """
-    for name, vector in (("magnitude", magnitude), ("weight_norm", weight_norm)):
-        if vector.shape != (weight.shape[0],):
-            raise ValueError(f"expected {name} [{weight.shape[0]}], got {tuple(vector.shape)}")
+    _check_columns(weight.shape[0], magnitude, weight_norm)
     if isinstance(weight, Nf4Weight):
         z = nf4_linear(
             x, weight, a=a, b=b, scale=scale, dropout_p=dropout_p, seed=seed, backend=backend
@@ -231,7 +228,30 @@ def dora_linear(
         z = lora_linear(
             x, weight, None, a, b, scale, dropout_p=dropout_p, seed=seed, backend=backend
         )
+    return scale_columns(z, magnitude, weight_norm, bias, backend=backend)
+
+
+def scale_columns(
+    z: Tensor,  # [..., N]
+    magnitude: Tensor,  # [N]
+    weight_norm: Tensor,  # [N]
+    bias: Tensor | None,  # [N]
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """`magnitude / weight_norm * z + bias`: DoRA from what `lora_linears` gives without a bias.
+
+    Raises:
+        ValueError: a magnitude or norm that is not [N].
+    """
+    _check_columns(z.shape[-1], magnitude, weight_norm)
     wide = statistics_dtype(z.dtype)
     column = magnitude.to(wide) / weight_norm.detach().to(wide)
     flat = z.view(-1, z.shape[-1])
     return column_scale_fwd(flat, column, bias, backend).view(z.shape)
+
+
+def _check_columns(outputs: int, magnitude: Tensor, weight_norm: Tensor) -> None:
+    for name, vector in (("magnitude", magnitude), ("weight_norm", weight_norm)):
+        if vector.shape != (outputs,):
+            raise ValueError(f"expected {name} [{outputs}], got {tuple(vector.shape)}")

@@ -8,7 +8,8 @@ and the library's GEMM finds it there: the forward goes by slices of outputs and
 slices of inputs, so every slice of a result is one whole product, rounded once. A 16-bit copy of
 the weight never exists, nor is anything of it kept for the backward: x (if the adapter needs it)
 and u [M, r] are. With few rows (decoding) on GPUs one Triton GEMM unpacks as it goes and
-reads 4 bits a weight. bitsandbytes unpacks whole weights before every product.
+reads 4 bits a weight; how many rows are few is 64, or what `fastpost tune` measured. bitsandbytes
+unpacks whole weights before every product.
 Rejected: unpacking inside the GEMM for many rows: each block of 128 rows would unpack W again, 64
 times at M 8192.
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ._adapter_passes import dropped
 from ._adapter_products import check_dropout, rank_gradients
+from ._choices import choose, layer_shape
 from ._cost import register_costs
 from ._device import BACKENDS, HAS_TRITON, resolve_backend
 from ._namespace import add_op_namespace_prefix
@@ -37,14 +39,12 @@ from ._nf4_format import (
     nested_levels,
     quantize_plain,
 )
-from ._nf4_unpack import WeightTiles, tile_elements, unpack
+from ._nf4_unpack import WeightTiles, as_it_lies, tile_elements, unpack
 
 if HAS_TRITON:
     from ._nf4_triton import multiply
 
 __all__ = ["nf4_dequantize", "nf4_linear", "nf4_quantize"]
-
-FUSED_ROWS = 64  # up to which the GEMM that unpacks reads less than unpacking writes
 
 
 def _weight(
@@ -55,11 +55,9 @@ def _weight(
     offset: Tensor | None,
     shape: list[int],
     block_size: int,
-) -> tuple[Tensor, Tensor, tuple[int, int], int]:
-    """Flat bytes, absmax in float32, shape, block size."""
+) -> Nf4Weight:
     size = (shape[0], shape[1])
-    weight = Nf4Weight(packed, absmax, size, block_size, nested_absmax, nested_code, offset)
-    return packed.reshape(-1).view(torch.uint8), absmax_of(weight), size, block_size
+    return Nf4Weight(packed, absmax, size, block_size, nested_absmax, nested_code, offset)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("nf4_dequantize"), mutates_args=())
@@ -77,8 +75,9 @@ def dequantize_op(
     backend = resolve_backend(backend, packed.device, dtype)
     weight = _weight(packed, absmax, nested_absmax, nested_code, offset, shape, block_size)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
+    whole = (slice(0, shape[0]), slice(0, shape[1]))
     with torch.cuda.device_of(packed):
-        return unpack(*weight, (slice(0, shape[0]), slice(0, shape[1])), out, backend)
+        return unpack(as_it_lies(weight), whole, out, backend)
 
 
 @dequantize_op.register_fake
@@ -119,12 +118,13 @@ def nf4_linear_fwd(
     weight = _weight(packed, absmax, nested_absmax, nested_code, offset, shape, block_size)
     bias = None if bias is None else bias.to(x.dtype)
     with torch.cuda.device_of(x):
-        if chosen == "triton" and len(x) <= FUSED_ROWS and shape[1] % 2 == 0:
-            flat, values, _, _ = weight
-            y = multiply(x, flat, values, block_size, shape[0], bias)
+        fused_rows = int(choose("nf4_rows", x.device, layer_shape(weight.shape, x.dtype)))
+        if chosen == "triton" and len(x) <= fused_rows and shape[1] % 2 == 0:
+            flat = packed.reshape(-1).view(torch.uint8)
+            y = multiply(x, flat, absmax_of(weight), block_size, shape[0], bias)
         else:
             y = x.new_empty(len(x), shape[0])
-            for part, tile in WeightTiles(*weight, x.dtype, chosen).by_rows():
+            for part, tile in WeightTiles(weight, x.dtype, chosen).by_rows():
                 if bias is None:
                     torch.mm(x, tile.t(), out=y[:, part])
                 else:
@@ -190,7 +190,7 @@ def nf4_linear_bwd(
         if need_x:
             d_x = grad.new_empty(len(grad), shape[1])
             weight = _weight(packed, absmax, nested_absmax, nested_code, offset, shape, block_size)
-            for part, tile in WeightTiles(*weight, grad.dtype, backend).by_columns():
+            for part, tile in WeightTiles(weight, grad.dtype, backend).by_columns():
                 torch.mm(grad, tile, out=d_x[:, part])
             if d_u is not None and a is not None and dropout_p == 0:
                 d_x.addmm_(d_u, a.to(grad.dtype))

@@ -17,6 +17,7 @@ from bench.static import (
     kernels_attention,
     kernels_fused_fold,
     kernels_head,
+    kernels_optimizer,
     peers_head,
     peers_quantised,
 )
@@ -43,6 +44,7 @@ KERNELS = (
     *kernels_attention.KERNELS,
     *kernels_fused_fold.KERNELS,
     *kernels_adapters.KERNELS,
+    *kernels_optimizer.KERNELS,
     *peers_head.KERNELS,
     *peers_quantised.KERNELS,
 )

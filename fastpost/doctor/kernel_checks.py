@@ -12,6 +12,7 @@ from .head_checks import head_checks
 from .kernel_check import CheckResult, Sizes, carry_out
 from .layer_checks import layer_checks
 from .nf4_checks import nf4_checks
+from .optimizer_checks import optimizer_checks
 
 __all__ = ["ON_GPU", "CheckResult", "Sizes", "run_checks"]
 
@@ -56,6 +57,7 @@ def run_checks(
             layer_checks(dtype, sizes),
             *(adapter_checks(dtype, sizes, name) for name in backends),
             nf4_checks(dtype, sizes, backend),
+            optimizer_checks(dtype, sizes, backend),
         ):
             for check in checks:
                 yield carry_out(check, torch.device(device))

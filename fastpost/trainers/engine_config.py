@@ -20,6 +20,8 @@ class EngineConfig:
         memory_budget_gb: workspace of the language-model head in GiB, None for the default.
         adapter: "best" trains DoRA with LoRA+ on all linear layers (`fastpost.adapters.preset`).
         lora_plus_ratio: learning rate of LoRA's matrices B over that of everything else (LoRA+).
+        optimizer: "adamw_8bit" is AdamW with 8-bit states and, for bf16 weights, stochastic
+            rounding (`fastpost_kernels.AdamW8bit`); None takes `optim`.
     """
 
     prefix_sharing: bool = field(
@@ -36,6 +38,10 @@ class EngineConfig:
     lora_plus_ratio: float | None = field(
         default=None,
         metadata={"help": "LoRA+: learning rate of the matrices B over the others'; try 16."},
+    )
+    optimizer: str | None = field(
+        default=None,
+        metadata={"help": "'adamw_8bit': 8-bit states, stochastic rounding. None: optim's."},
     )
 
 
@@ -63,12 +69,28 @@ def refuse_unsupported(args: Any) -> None:
     """
     if args.memory_budget_gb is not None and not args.memory_budget_gb > 0:
         raise ValueError(f"memory_budget_gb must be positive, got {args.memory_budget_gb}")
+    _refuse_optimizers(args)
     if args.deepspeed is not None:
         raise ValueError(
             "deepspeed is not supported: its partitioned parameters cannot be read by the fused "
             "head. Shard with FSDP2 (fsdp=...) instead"
         )
     refuse_options(args)
+
+
+def _refuse_optimizers(args: Any) -> None:
+    if args.optimizer is None:
+        return
+    if args.optimizer != "adamw_8bit":
+        raise ValueError(
+            f"optimizer must be 'adamw_8bit' or None, got {args.optimizer!r}; transformers' own "
+            "optimizers are named by optim"
+        )
+    if args.optim != TrainingArguments.optim or args.optim_args is not None:
+        raise ValueError(
+            f"optimizer={args.optimizer!r} and optim={str(args.optim)!r} (optim_args="
+            f"{args.optim_args!r}) name two optimizers; leave one of them out"
+        )
 
 
 __all__ = ["EngineConfig", "as_config", "refuse_unsupported"]

@@ -51,6 +51,7 @@ from fastpost.guards.reference import fingerprint
 from fastpost.guards.template import check_fingerprint, save_fingerprint
 from fastpost.references import ReferenceConfig, describe_reference
 from fastpost.run_manifest import describe_run, differences, read_manifest, write_manifest
+from fastpost_kernels import AdamW8bit
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -81,6 +82,7 @@ class EngineTrainer(_Trainer):
 
     engine: PackedBackbone
     ref_engine: PackedBackbone | None
+    optimizer_cls_and_kwargs: Any  # transformers' own
 
     _is_first_step = True
     _lora_plus_groups: Sequence[int] = ()
@@ -105,14 +107,37 @@ class EngineTrainer(_Trainer):
             require_lora_b(self.model, self.args.lora_plus_ratio)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer; with `lora_plus_ratio` its matrices B have groups of their own."""
+        """The optimizer; with `lora_plus_ratio` its matrices B have groups of their own.
+
+        Raises:
+            ValueError: `optimizer` is set, and one was given to the trainer as well.
+        """
         is_fresh = self.optimizer is None
+        if self.args.optimizer is not None:
+            self._name_optimizer()
         super().create_optimizer(*args, **kwargs)
         if is_fresh and self.args.lora_plus_ratio is not None:
             self._lora_plus_groups = split_groups(
                 self.optimizer, self.model, self.args.lora_plus_ratio
             )
         return self.optimizer
+
+    def _name_optimizer(self) -> None:
+        """`optimizer` of the configuration as the class that transformers makes, in its groups."""
+        made = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), AdamW8bit)
+        chosen = self.optimizer_cls_and_kwargs
+        if (self.optimizer is not None and not made) or (chosen and chosen[0] is not AdamW8bit):
+            raise ValueError(
+                f"optimizer={self.args.optimizer!r} is set, and the trainer was given an optimizer "
+                "of its own (optimizers or optimizer_cls_and_kwargs); leave one of them out"
+            )
+        options = {
+            "lr": self.args.learning_rate,
+            "betas": (self.args.adam_beta1, self.args.adam_beta2),
+            "eps": self.args.adam_epsilon,
+            "seed": self.args.seed % 2**32,
+        }
+        self.optimizer_cls_and_kwargs = (AdamW8bit, options)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step; after the first one an adapter's tensors without a gradient are named."""

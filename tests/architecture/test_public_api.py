@@ -39,6 +39,8 @@ def test_fastpost() -> None:
 
 def test_fastpost_kernels() -> None:
     assert sorted(fastpost_kernels.__all__) == [
+        "AdamW8bit",
+        "AdamWState",
         "HeadRows",
         "LinearCrossEntropy",
         "LinearLogprob",
@@ -47,6 +49,8 @@ def test_fastpost_kernels() -> None:
         "Nf4Weight",
         "PreferenceLogratio",
         "VocabParallelLogprob",
+        "adamw_8bit_",
+        "adamw_state",
         "dora_linear",
         "dora_weight_norm",
         "layers",

@@ -73,6 +73,7 @@ ENGINE: dict[str, Probe] = {
     "adapter": Changes("gradients", "best"),
     # of a run without an adapter; that it is obeyed is shown by tests/adapters/test_lora_plus.py
     "lora_plus_ratio": Refused(16.0, "trains no LoRA matrix B"),
+    "optimizer": Changes("weights", "adamw_8bit", {"max_steps": 2}),
 }
 LOADING: dict[str, Probe] = {
     "model_init_kwargs": Changes("calls", {"dtype": "bfloat16"}, setup="saved model"),
@@ -203,6 +204,7 @@ NO_HEAD: dict[str, Probe] = {
     "memory_budget_gb": Refused(1.0, "memory_budget_gb"),
     "adapter": ENGINE["adapter"],
     "lora_plus_ratio": ENGINE["lora_plus_ratio"],
+    "optimizer": ENGINE["optimizer"],
 }
 
 REWARD: dict[str, Probe] = {

@@ -8,6 +8,7 @@ prefix_attention        packed attention over a forest of shared prefixes
 lora_linear, dora_linear   a linear layer and its low-rank adapter, fused; DoRA's factored norm
 nf4_linear              the same on a 4-bit NormalFloat weight, byte for byte bitsandbytes'
 linear                  a linear layer whose weight gradient is not slowed by packing on CPUs
+adamw_8bit_, AdamW8bit  AdamW with 8-bit states: many tensors in one launch, stochastic rounding
 rms_norm, swiglu        the element-wise chains of a transformer layer, one pass each
 workspace_bytes         what an op allocates beyond its results, as a formula
 reference               the specification of each, in plain torch
@@ -17,6 +18,8 @@ layers                  stateless modules for the Kernel Hub's `kernelize`
 from . import layers, reference
 from ._cost import workspace_bytes
 from ._nf4_format import Nf4Weight
+from .adamw_8bit import AdamWState, adamw_8bit_, adamw_state
+from .adamw_8bit_optimizer import AdamW8bit
 from .dora_linear import dora_linear, dora_weight_norm, row_square_norms
 from .linear import linear
 from .linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
@@ -30,6 +33,8 @@ from .swiglu import swiglu
 from .vocab_parallel_logprob import VocabParallelLogprob, vocab_parallel_logprob
 
 __all__ = [
+    "AdamW8bit",
+    "AdamWState",
     "HeadRows",
     "LinearCrossEntropy",
     "LinearLogprob",
@@ -38,6 +43,8 @@ __all__ = [
     "Nf4Weight",
     "PreferenceLogratio",
     "VocabParallelLogprob",
+    "adamw_8bit_",
+    "adamw_state",
     "dora_linear",
     "dora_weight_norm",
     "layers",

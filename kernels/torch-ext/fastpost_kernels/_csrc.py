@@ -70,11 +70,15 @@ _SIGNATURES = {
         + [_POINTER, _POINTER, _INT, _INT]
     ),
     "fastpost_nf4_unpack": (
-        [_INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG]
-        + [_POINTER, _LONG, _INT, _INT]
+        [_INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]
+        + [_LONG, _LONG, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT, _INT]
     ),
     "fastpost_transpose_16": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT],
     "fastpost_advise_huge_pages": [_POINTER, _LONG],
+    "fastpost_adamw_8bit": (
+        [_INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER]
+        + [_FLOAT, _INT, _LONG, _INT, _INT]
+    ),
     "fastpost_accumulate": [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT, _INT],
 }
 

@@ -25,10 +25,18 @@ def threshold_of(probability: float) -> int:
     return min(_LOW, round(probability * 2**32))
 
 
-def random_words(seed: int, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
-    """[rows, cols] int64 holding uniform 32-bit words."""
-    row = torch.arange(rows, device=device)[:, None]
-    quad = torch.arange(-(-cols // 4), device=device)[None, :]
+def random_words(
+    seed: int,
+    rows: int,
+    cols: int,
+    device: torch.device | str = "cpu",
+    *,
+    first_row: int = 0,
+    first_col: int = 0,
+) -> Tensor:
+    """[rows, cols] int64 holding uniform 32-bit words; `first_col` is a multiple of 4."""
+    row = first_row + torch.arange(rows, device=device)[:, None]
+    quad = first_col // 4 + torch.arange(-(-cols // 4), device=device)[None, :]
     zero = torch.zeros_like(row + quad)
     words = [quad + zero, (row & _LOW) + zero, (row >> 32) + zero, zero]
     key0, key1 = seed & _LOW, seed >> 32 & _LOW

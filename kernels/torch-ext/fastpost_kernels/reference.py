@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "adamw",
     "dora_linear",
     "dora_weight_norm",
     "linear_cross_entropy",
@@ -233,3 +234,23 @@ def dora_linear(
     """`magnitude / weight_norm * (x W^T + scale (kept x A^T) B^T) + bias`."""
     y = magnitude / weight_norm * lora_linear(x, weight, None, a, b, scale, kept)
     return y if bias is None else y + bias
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and moments after step number `step`, all of one shape: `adamw_8bit_` on values."""
+    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
+    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad.square()
+    denominator = (exp_avg_sq / (1 - betas[1] ** step)).sqrt() + eps
+    update = exp_avg / (1 - betas[0] ** step) / denominator
+    return param * (1 - lr * weight_decay) - lr * update, exp_avg, exp_avg_sq

@@ -24,7 +24,10 @@ COMMANDS = {
     "rloo": "reinforcement learning with a leave-one-out baseline",
     "ppo": "proximal policy optimisation with a value head and a KL penalty",
     "merge": "an adapter into weights, or several models into one",
-    "doctor": "what this machine offers; with --gpu, whether the kernels are right on it",
+    "decontaminate": "training rows without what the evaluation sets hold",
+    "mix": "one file of rows from several sources, and what it holds",
+    "doctor": "what this machine offers; --gpu checks its kernels, data FILE training data",
+    "plan": "whether a run fits your GPUs, how fast and how much, predicted without one",
     "tune": "measure which kernels are faster on this GPU, and use those",
     "demo": "train a small model on this machine and see what it learnt",
 }
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:15}{text}" for name, text in COMMANDS.items())
     return (
         "usage: fastpost COMMAND [options]\n\n"
         f"commands:\n{commands}\n\n"

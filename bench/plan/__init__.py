@@ -1,0 +1,1 @@
+"""Whether `fastpost plan` predicts what a run really takes."""

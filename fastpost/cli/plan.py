@@ -1,0 +1,180 @@
+"""`fastpost plan`: will it fit, how fast, how much; predicted before anything is bought."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastpost.cli.recipe import UsageError, convert, did_you_mean
+
+if TYPE_CHECKING:
+    from fastpost.planning.request import Request
+    from fastpost.planning.roofline import Assumptions, Prediction
+    from fastpost.planning.trace import Traced
+
+USAGE = """usage: fastpost plan --model MODEL [options]
+
+Traces the model, its engine, adapter, sharding and optimizer on tensors without memory and predicts
+memory per GPU, FLOPs, time and disk. No weights, no network, no GPU.
+
+  --model MODEL          an id with a bundled configuration (--list), a config.json, or a folder
+  --method METHOD        sft (default), dpo, grpo
+  --gpus COUNTxNAME      such as 8xH100-80GB (default 1xH100-80GB)
+  --seq N                tokens of a row (default 8192)
+  --rows N               rows a GPU computes at once: of DPO pairs, of GRPO completions (default 1)
+  --prompt SHARE         of a row that is prompt, for dpo and grpo (default 0.5)
+  --group N              completions of a prompt, for grpo (default 8)
+  --tokens-per-step N    of an optimizer step over all GPUs; batches are accumulated
+  --adapter KIND:RANK    lora, dora, qlora; without it all weights are trained
+  --optimizer NAME       adamw (default), adamw_8bit
+  --precision NAME       mixed (default): trained weights in fp32; bf16: none are
+  --checkpointing BOOL   recompute each layer in the backward (default true)
+  --memory-budget-gb N   workspace of the language-model head
+  --train-tokens N       of the whole training, to predict hours and money
+  --auto FILE            find the rows, checkpointing and optimizer that are predicted to be fastest
+                         and fit, and write them as a recipe for `fastpost METHOD --config FILE`
+  --whole                trace every layer instead of composing equal ones
+  --json                 prints JSON
+  --list                 prints the bundled models and the known GPUs
+
+assumptions of the prediction of time:
+  --reached SHARE, --link-reached SHARE, --overlap SHARE
+  --gpu-memory-gb, --tflops, --bandwidth, --link, --price   of the GPU (GiB, 10^12/s, GB/s)"""
+
+_SWITCHES = ("json", "whole", "list")
+_GPU_FIELDS = {"tflops": "tflops", "bandwidth": "bandwidth", "link": "link", "price": "price"}
+_ASSUMED = ("reached", "link_reached", "overlap")
+_NUMBERS: dict[str, Any] = {
+    "seq": int,
+    "rows": int,
+    "prompt": float,
+    "group": int,
+    "tokens_per_step": int,
+    "checkpointing": bool,
+    "memory_budget_gb": float,
+    "train_tokens": float,
+    "gpu_memory_gb": float,
+    **dict.fromkeys((*_GPU_FIELDS, *_ASSUMED), float),
+}
+_TEXTS = ("auto", "model", "method", "gpus", "adapter", "optimizer", "precision")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code: 1 where the configuration does not fit."""
+    if "-h" in argv or "--help" in argv:
+        print(USAGE)
+        return 0
+    given = _flags(argv)
+    if "list" in given:
+        print(_list())
+        return 0
+    from fastpost.planning.composition import trace_composed  # heavy
+    from fastpost.planning.report import as_dict, describe, settings, verdict
+    from fastpost.planning.roofline import predict
+    from fastpost.planning.suggestions import changes_that_fit, fastest_that_fits
+    from fastpost.planning.trace import trace
+
+    run = trace if "whole" in given else trace_composed
+    try:
+        request, assumptions = _request(given), _assumptions(given)
+        traced = None
+        if "auto" in given:
+            _check_recipe(request)
+            traced = fastest_that_fits(request, run, assumptions)
+        if traced is None:
+            traced = run(request)
+        changes = changes_that_fit(request, run) if traced.headroom < 0 else []
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    predicted = predict(traced, assumptions, given.get("train_tokens"))
+    if "auto" in given and traced.headroom >= 0:
+        _write_recipe(given["auto"], traced, predicted)
+    if "json" in given:
+        found = as_dict(traced, predicted, assumptions)
+        found["changes_that_fit"] = [
+            {"change": words, "predicted_peak_bytes": other.peak.total} for words, other in changes
+        ]
+        print(json.dumps(found, indent=2))
+        return int(traced.headroom < 0)
+    print(describe(traced, predicted, assumptions))
+    if traced.headroom < 0:
+        print("\nChanges that make it fit, each traced again:" if changes else "\nNothing fits.")
+        for words, other in changes:
+            speed = predict(other, assumptions).tokens_per_second
+            print(f"  {words}\n    {verdict(other)}; predicted {speed:,.0f} tokens/s")
+    if "auto" in given and traced.headroom >= 0:
+        print(f"\nWritten to {given['auto']}: {settings(traced)}")
+    return int(traced.headroom < 0)
+
+
+def _check_recipe(request: Request) -> None:
+    from fastpost.planning.recipe import recipe_fields
+
+    recipe_fields(request)  # refuses what no recipe can say, before anything is traced
+
+
+def _write_recipe(path: str, traced: Traced, predicted: Prediction) -> None:
+    from fastpost.planning.recipe import recipe_text
+
+    try:
+        Path(path).write_text(recipe_text(traced, predicted), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--auto {path}: {error.strerror}") from None
+
+
+def _flags(argv: list[str]) -> dict[str, Any]:
+    """Flag name, with underscores, to its value."""
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, has_value, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        known = (*_TEXTS, *_NUMBERS, *_SWITCHES)
+        if not word.startswith("--") or name not in known:
+            raise UsageError(f"unknown option {word!r}.{did_you_mean(name, known)}")
+        if name in given:
+            raise UsageError(f"{word} is given twice")
+        if name in _SWITCHES:
+            given[name] = True
+            continue
+        if not has_value:
+            if not words:
+                raise UsageError(f"{word} needs a value")
+            value = words.pop(0)
+        try:
+            given[name] = convert(value, _NUMBERS[name]) if name in _NUMBERS else value
+        except ValueError as error:
+            raise UsageError(f"{word}: {error}") from None
+    if "model" not in given and "list" not in given:
+        raise UsageError("--model is missing; fastpost plan --list names the bundled ones")
+    return given
+
+
+def _request(given: dict[str, Any]) -> Request:
+    from fastpost.planning.request import Adapter, Request, parse_gpus
+
+    count, gpu = parse_gpus(given.get("gpus", "H100-80GB"))
+    figures = {field: given[name] for name, field in _GPU_FIELDS.items() if name in given}
+    if "gpu_memory_gb" in given:
+        figures["memory"] = int(given["gpu_memory_gb"] * 2**30)
+    names = {field.name for field in dataclasses.fields(Request)}
+    values = {name: value for name, value in given.items() if name in names}
+    if "adapter" in values:
+        values["adapter"] = Adapter.parse(values["adapter"])
+    return Request(**values, gpu=dataclasses.replace(gpu, **figures), num_gpus=count)
+
+
+def _assumptions(given: dict[str, Any]) -> Assumptions:
+    from fastpost.planning.roofline import Assumptions
+
+    return Assumptions(**{name: given[name] for name in _ASSUMED if name in given})
+
+
+def _list() -> str:
+    from fastpost.planning.hardware import GPUS
+    from fastpost.planning.models import bundled_models
+
+    return "\n".join(["models:", *bundled_models(), "", "GPUs:", *GPUS])

@@ -1,0 +1,5 @@
+"""What a training run needs, predicted by tracing it: memory per GPU, FLOPs, time, disk.
+
+The real model, engine, adapters, checkpointing, sharding and optimizer run on tensors without
+memory; what they would allocate is counted. See `docs/planning.md`.
+"""

@@ -1,0 +1,123 @@
+"""Bytes of living tensors over time, and who holds them at the peak.
+
+Every storage is one entry with a category. Entries are written when a storage is made, resized or
+freed; the category is read only at the end, so a tensor may be named after its birth (a gradient is
+an ordinary tensor until the parameter takes it).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+PARAMETERS = "parameters"
+BUFFERS = "buffers"
+GRADIENTS = "gradients"
+OPTIMIZER = "optimizer"
+ACTIVATIONS = "activations"
+HEAD_WORKSPACE = "head workspace"
+KERNEL_WORKSPACE = "kernel workspace"
+REFERENCE = "reference"
+COMMUNICATION = "all-gather buffers"
+
+CATEGORIES = (
+    PARAMETERS,
+    BUFFERS,
+    GRADIENTS,
+    OPTIMIZER,
+    ACTIVATIONS,
+    HEAD_WORKSPACE,
+    KERNEL_WORKSPACE,
+    REFERENCE,
+    COMMUNICATION,
+)
+
+
+class Moment(NamedTuple):
+    """When something happened: a part of a step, a region of the model, an operator."""
+
+    phase: str
+    region: str
+    operator: str
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in self if part)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of most bytes.
+
+    Attributes:
+        held: category -> bytes.
+        moment: what ran.
+    """
+
+    held: dict[str, int]
+    moment: Moment
+
+    @property
+    def total(self) -> int:
+        """Bytes of living storages."""
+        return sum(self.held.values())
+
+
+class Ledger:
+    """Entries of bytes. An account is one storage, or the inside of one operator."""
+
+    def __init__(self) -> None:
+        self._category: list[str] = []
+        self._bytes: list[int] = []
+        self._entries: list[tuple[int, int, Moment]] = []  # account, change of bytes, when
+
+    def open(self, size: int, category: str, moment: Moment) -> int:
+        """A new account of `size` bytes; returns its number."""
+        account = len(self._bytes)
+        self._category.append(category)
+        self._bytes.append(0)
+        self.resize(account, size, moment)
+        return account
+
+    def resize(self, account: int, size: int, moment: Moment) -> None:
+        """The account holds `size` bytes from now on; 0 closes it."""
+        change = size - self._bytes[account]
+        if change:
+            self._bytes[account] = size
+            self._entries.append((account, change, moment))
+
+    def name(self, account: int, category: str) -> None:
+        """Says what an account is, also for the time before."""
+        self._category[account] = category
+
+    def now(self) -> int:
+        """The number of entries so far, to be given to `peaks`."""
+        return len(self._entries)
+
+    def held(self) -> dict[str, int]:
+        """Category -> living bytes at the end."""
+        found: Counter[str] = Counter()
+        for category, size in zip(self._category, self._bytes, strict=True):
+            found[category] += size
+        return _ordered(found)
+
+    def peaks(self, since: int = 0) -> dict[tuple[str, str], Peak]:
+        """(phase, region) -> its peak, from entry `since` on."""
+        total, highest = 0, dict[tuple[str, str], tuple[int, int]]()
+        for i, (_, change, moment) in enumerate(self._entries):
+            total += change
+            window = moment[:2]
+            if i >= since and total > highest.get(window, (-1, 0))[0]:
+                highest[window] = total, i
+        windows = {i: window for window, (_, i) in highest.items()}
+        held: Counter[str] = Counter()
+        found = {}
+        for i, (account, change, moment) in enumerate(self._entries):
+            held[self._category[account]] += change
+            if i in windows:
+                found[windows[i]] = Peak(_ordered(held), moment)
+        return found
+
+
+def _ordered(held: Counter[str]) -> dict[str, int]:
+    return {category: held[category] for category in CATEGORIES if held[category]}

@@ -1,0 +1,49 @@
+"""Models of 4 and 5 layers give, exactly, what a longer one takes."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import LlamaConfig
+
+from fastpost.planning.composition import trace_composed
+from fastpost.planning.request import Adapter, Request
+from fastpost.planning.trace import trace
+
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+CASES = {
+    "one GPU": Request("tiny", seq=64),
+    "FSDP2, bf16": Request("tiny", seq=64, num_gpus=4, precision="bf16"),
+    "DPO, LoRA, accumulated": Request(
+        "tiny", "dpo", seq=64, tokens_per_step=256, adapter=Adapter("lora", 8), checkpointing=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_composition_is_exact(name: str) -> None:
+    whole, composed = trace(CASES[name], CONFIG), trace_composed(CASES[name], CONFIG)
+    assert composed.peak.held == whole.peak.held
+    assert composed.at_rest == whole.at_rest
+    assert composed.flops == whole.flops
+    assert composed.gathered == whole.gathered
+    assert composed.num_parameters == whole.num_parameters
+    assert composed.trained_bytes == whole.trained_bytes
+    assert composed.peak.total > 0 and composed.total_flops > 0
+
+
+@pytest.mark.slow
+def test_seventy_billion_parameters_are_planned_within_the_time_promised() -> None:
+    request = Request(
+        "meta-llama/Llama-3.3-70B-Instruct", num_gpus=8, optimizer="adamw_8bit", precision="bf16"
+    )
+    traced = trace_composed(request)
+    assert traced.num_parameters == 70_553_706_496
+    assert traced.headroom > 0
+    assert traced.seconds < 90

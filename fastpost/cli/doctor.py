@@ -9,9 +9,11 @@ from dataclasses import asdict
 from fastpost.cli.recipe import UsageError
 
 USAGE = """usage: fastpost doctor [--gpu] [--json]
+       fastpost doctor data FILE --model MODEL
 
 Says in plain words what this machine offers for training and what is missing.
 
+  data    checks training data instead; `fastpost doctor data --help` says more
   --gpu   checks every kernel on the GPU against a float64 reference instead
   --json  prints JSON
 
@@ -20,6 +22,10 @@ Exit code 1 if something stops training, or a kernel is wrong or could not be ch
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
+    if argv[:1] == ["data"]:
+        from fastpost.cli import doctor_data
+
+        return doctor_data.main(argv[1:])
     if "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0

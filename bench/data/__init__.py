@@ -1,0 +1,1 @@
+"""Decontamination and mixing, measured."""

@@ -1,0 +1,1 @@
+"""Training data before training: decontaminated, mixed, described. Nothing here imports torch."""

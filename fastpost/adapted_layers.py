@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastpost_kernels import (
@@ -44,11 +45,23 @@ _MAX_SEED = 2**62
 
 # Any optimizer's step may have changed an adapter, also one that writes past autograd's versions.
 _steps_done = 0
+# Whether an optimizer of this process group had sharded parameters; None before the first step.
+_is_sharded: bool | None = None
 
 
-def _count_step(*_: Any) -> None:
-    global _steps_done
+def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    global _is_sharded, _steps_done
     _steps_done += 1
+    if _in_process_group() and not _is_sharded:
+        _is_sharded = any(
+            isinstance(parameter, DTensor)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
+
+
+def _in_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -228,12 +241,12 @@ def _weight_norm(module: nn.Module, adapter: Adapter) -> Tensor:
     plain = adapter.weight if isinstance(adapter.weight, Tensor) else adapter.weight.packed
     base = (plain.data_ptr(), plain._version, plain.device)
     # A sharded parameter is gathered into memory whose version says nothing of its content.
-    is_sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    may_be_gathered = _in_process_group() and _is_sharded is not False
     key = (*base, _steps_done, adapter.scale, a.data_ptr(), a._version, b.data_ptr(), b._version)
     kept = _NORMS.get(module)
-    if kept is not None and kept.key == key and not is_sharded:
+    if kept is not None and kept.key == key and not may_be_gathered:
         return kept.norm
-    is_same_base = kept is not None and kept.key[:3] == base and not is_sharded
+    is_same_base = kept is not None and kept.key[:3] == base and not may_be_gathered
     square = kept.square if is_same_base and kept is not None else row_square_norms(adapter.weight)
     norm = dora_weight_norm(adapter.weight, a.detach(), b.detach(), adapter.scale, square)
     _NORMS[module] = _Norms(key, square, norm)

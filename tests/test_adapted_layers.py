@@ -192,6 +192,38 @@ def test_files_are_pefts(tmp_path) -> None:
     torch.testing.assert_close(loaded(IDS).logits, ours(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_norms_are_kept_under_ddp_and_not_where_parameters_are_sharded(
+    calls, tmp_path, monkeypatch
+) -> None:
+    """Until an optimizer has shown its parameters to be whole, every forward computes norms."""
+    monkeypatch.setattr(adapted_layers, "_is_sharded", None)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = adapted(use_dora=True)
+        layers.attach(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+
+        def norms_of_two_forwards() -> int:
+            calls["dora_weight_norm"] = 0
+            with torch.no_grad():
+                ddp(IDS), ddp(IDS)
+            return calls["dora_weight_norm"]
+
+        assert norms_of_two_forwards() == 28
+        ddp(IDS).logits.square().mean().backward()
+        torch.optim.SGD(trained, lr=0.1).step()
+        assert norms_of_two_forwards() == 14
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        shard = torch.nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.ones(4), mesh))
+        shard.grad = torch.zeros_like(shard)
+        torch.optim.SGD([shard], lr=0.1).step()
+        assert norms_of_two_forwards() == 28
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_norms_follow_what_changes_an_adapter(calls) -> None:
     """Computed once; again after an optimizer's step (however it writes), a load, a new base."""
     model = adapted(use_dora=True)

@@ -6,6 +6,7 @@ other and leaves what each computed in FOLDER, one file per case and rank.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,12 +17,14 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig
 
+from fastpost import load_nf4
 from fastpost.rollout.interface import Completions
 from tests.trainers import footprint, methods
 from tests.trainers.methods import METHODS, Method
 
 GLOBAL_BATCH = 4
 LORA = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
+DORA = dataclasses.replace(LORA, use_dora=True)
 
 # Case -> method, config fields, constructor arguments.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -32,6 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "DPO-accumulation": ("DPO", {"gradient_accumulation_steps": 2}, {}),
     "DPO-checkpointing": ("DPO", {"gradient_checkpointing": True}, {}),
     "DPO-lora": ("DPO", {}, {"peft_config": LORA, "ref_model": None}),
+    "DPO-dora": ("DPO", {}, {"peft_config": DORA, "ref_model": None}),
+    "SFT-dora": ("SFT", {}, {"peft_config": DORA}),
+    "SFT-nf4": ("SFT", {}, {"peft_config": LORA}),
+    "DPO-nf4-dora": ("DPO", {}, {"peft_config": DORA, "ref_model": None}),
     "KTO": ("KTO", {"loss_type": "apo_zero_unpaired"}, {}),
     "CPO": ("CPO", {}, {}),
     "ORPO": ("ORPO", {}, {}),
@@ -88,7 +95,10 @@ def run_case(case: str, folder: Path, num_processes: int) -> dict[str, Any]:
         **({"ddp_backend": "gloo"} if num_processes > 1 else {}),
         **config,
     )
-    model = method.model()
+    if "nf4" in case:
+        model = load_nf4(folder / name, dtype=torch.float32, device="cpu")
+    else:
+        model = method.model()
     model.config._name_or_path = str(folder / name)
     options = method.options(torch.float32) | arguments
     if options.get("ref_model", model) is None:

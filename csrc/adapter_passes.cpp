@@ -3,46 +3,19 @@
 //   column_scale   y = z * scale + bias per column (DoRA's magnitude over its norm), and its backward
 //                  dz = dy * scale, d scale = sum over rows of dy * z.
 // Arithmetic is fp32. Every result is independent of the number of threads.
-//
-// The generator is Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1,
-// 2, 3", SC 2011, table 2): counter (column / 4, row low, row high, 0), key the seed; its four words
-// belong to four adjacent columns. `_philox.py` is the same in torch, and Triton's tl.philox too.
 #include <algorithm>
 #include <vector>
 
+#include "philox.h"
 #include "simd.h"
 
 namespace fastpost {
 namespace {
 
-constexpr int kRounds = 7;
-constexpr int64_t kCounters = 64;  // of one block: 256 columns
 // d scale is summed over at most this many blocks of rows, then over the blocks.
 constexpr int64_t kMaxBlocks = 64;
 constexpr int64_t kMinBlockRows = 16;
 constexpr int64_t kColumns = 256;
-
-// Words of counters (first + i, row) for i in [0, kCounters), word l of counter i at [4 i + l].
-FASTPOST_INLINE void philox_block(uint64_t seed, uint64_t row, uint32_t first, uint32_t* words) {
-#pragma omp simd simdlen(16)
-  for (int64_t i = 0; i < kCounters; ++i) {
-    uint32_t c0 = first + uint32_t(i), c1 = uint32_t(row), c2 = uint32_t(row >> 32), c3 = 0;
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < kRounds; ++round) {
-      const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
-      c0 = uint32_t(b >> 32) ^ c1 ^ k0;
-      c2 = uint32_t(a >> 32) ^ c3 ^ k1;
-      c1 = uint32_t(b);
-      c3 = uint32_t(a);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    words[4 * i] = c0;
-    words[4 * i + 1] = c1;
-    words[4 * i + 2] = c2;
-    words[4 * i + 3] = c3;
-  }
-}
 
 struct Dropout {
   const void* x;
@@ -57,10 +30,10 @@ template <class T>
 FASTPOST_INLINE void dropout_row(const Dropout& p, int64_t r) {
   const T* x = static_cast<const T*>(p.x) + r * p.x_stride;
   T* out = static_cast<T*>(p.out) + r * p.width;
-  uint32_t words[4 * kCounters];
-  for (int64_t begin = 0; begin < p.width; begin += 4 * kCounters) {
-    philox_block(p.seed, uint64_t(r), uint32_t(begin / 4), words);
-    const int64_t n = std::min(4 * kCounters, p.width - begin);
+  uint32_t words[4 * kPhiloxCounters];
+  for (int64_t begin = 0; begin < p.width; begin += 4 * kPhiloxCounters) {
+    philox_words(p.seed, uint64_t(r), uint32_t(begin / 4), words);
+    const int64_t n = std::min(4 * kPhiloxCounters, p.width - begin);
 #pragma omp simd simdlen(32)
     for (int64_t j = 0; j < n; ++j) {
       const float value = load(x + begin + j) * p.scale;

@@ -134,11 +134,11 @@ def test_the_judged_text_cannot_close_its_marks() -> None:
 
 def test_preference_is_asked_both_ways_round() -> None:
     def honest(message: str) -> str:
-        first, second = message.index("good"), message.index("bad")
+        first, second = message.index("poem"), message.index("lump")
         return json.dumps({"better": "A" if first < second else "B"})
 
-    assert prefer(honest, "c", "p", "good", "bad") == 1.0
-    assert prefer(honest, "c", "p", "bad", "good") == 0.0
+    assert prefer(honest, "c", "p", "poem", "lump") == 1.0
+    assert prefer(honest, "c", "p", "lump", "poem") == 0.0
     assert prefer(lambda _: '{"better": "A"}', "c", "p", "x", "y") == 0.5
     assert prefer(lambda _: '{"better": "tie"}', "c", "p", "x", "y") == 0.5
     assert prefer(lambda _: "A", "c", "p", "x", "y") is None

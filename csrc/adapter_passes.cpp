@@ -1,9 +1,11 @@
 // The element-wise passes of adapted linear layers, one pass over memory each:
 //   dropout        y = keep * x / (1 - p), keep drawn from a counter-based generator, never stored;
 //   column_scale   y = z * scale + bias per column (DoRA's magnitude over its norm), and its backward
-//                  dz = dy * scale, d scale = sum over rows of dy * z.
+//                  dz = dy * scale, d scale = sum over rows of dy * z;
+//   dora_norms     ‖w + s b A‖ of every row: sqrt(|w|^2 + 2 s (A w).b + s^2 (A A' b).b).
 // Arithmetic is fp32. Every result is independent of the number of threads.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "philox.h"
@@ -16,6 +18,8 @@ namespace {
 constexpr int64_t kMaxBlocks = 64;
 constexpr int64_t kMinBlockRows = 16;
 constexpr int64_t kColumns = 256;
+// Rows whose products are added before a sum is stored: their loads and stores bound the pass.
+constexpr int kRowsAtOnce = 4;
 
 struct Dropout {
   const void* x;
@@ -65,21 +69,56 @@ FASTPOST_INLINE void column_scale_forward_row(const ColumnScale& p, int64_t r) {
   }
 }
 
+// kRowsAtOnce rows from r on, of one block, or the one row r.
+template <class T, bool four>
+FASTPOST_INLINE void column_scale_backward_rows(const ColumnScale& p, int64_t r) {
+  constexpr int kRows = four ? kRowsAtOnce : 1;
+  const T* grad = static_cast<const T*>(p.grad) + r * p.grad_stride;
+  const T* z = p.partials ? static_cast<const T*>(p.z) + r * p.z_stride : nullptr;
+  T* out = p.out ? static_cast<T*>(p.out) + r * p.width : nullptr;
+  const float* scale = p.scale;
+  const int64_t grad_stride = p.grad_stride, z_stride = p.z_stride, width = p.width;
+  if (!p.partials) {
+    for (int i = 0; i < kRows; ++i) {
+#pragma omp simd simdlen(32)
+      for (int64_t j = 0; j < width; ++j) {
+        store(out + i * width + j, load(grad + i * grad_stride + j) * scale[j]);
+      }
+    }
+    return;
+  }
+  float* sums = p.partials + r / p.block_rows * width;
+  if (p.out) {
+#pragma omp simd simdlen(32)
+    for (int64_t j = 0; j < width; ++j) {
+      float sum = sums[j];
+      for (int i = 0; i < kRows; ++i) {
+        const float g = load(grad + i * grad_stride + j);
+        sum += g * load(z + i * z_stride + j);
+        store(out + i * width + j, g * scale[j]);
+      }
+      sums[j] = sum;
+    }
+  } else {
+#pragma omp simd simdlen(32)
+    for (int64_t j = 0; j < width; ++j) {
+      float sum = sums[j];
+      for (int i = 0; i < kRows; ++i) {
+        sum += load(grad + i * grad_stride + j) * load(z + i * z_stride + j);
+      }
+      sums[j] = sum;
+    }
+  }
+}
+
 template <class T>
 FASTPOST_INLINE void column_scale_backward_row(const ColumnScale& p, int64_t r) {
-  const T* grad = static_cast<const T*>(p.grad) + r * p.grad_stride;
-  const float* scale = p.scale;
-  if (p.partials) {
-    const T* z = static_cast<const T*>(p.z) + r * p.z_stride;
-    float* sums = p.partials + r / p.block_rows * p.width;
-#pragma omp simd simdlen(32)
-    for (int64_t j = 0; j < p.width; ++j) sums[j] += load(grad + j) * load(z + j);
-  }
-  if (p.out) {
-    T* out = static_cast<T*>(p.out) + r * p.width;
-#pragma omp simd simdlen(32)
-    for (int64_t j = 0; j < p.width; ++j) store(out + j, load(grad + j) * scale[j]);
-  }
+  column_scale_backward_rows<T, false>(p, r);
+}
+
+template <class T>
+FASTPOST_INLINE void column_scale_backward_four(const ColumnScale& p, int64_t r) {
+  column_scale_backward_rows<T, true>(p, r);
 }
 
 FASTPOST_INLINE void sum_blocks(const float* partials, int64_t blocks, int64_t width, int64_t begin,
@@ -89,6 +128,53 @@ FASTPOST_INLINE void sum_blocks(const float* partials, int64_t blocks, int64_t w
     const float* row = partials + b * width;
 #pragma omp simd simdlen(16)
     for (int64_t j = begin; j < end; ++j) out[j] += row[j];
+  }
+}
+
+// Ranks up to this are summed in registers; a library's product serves larger ones.
+constexpr int kMaxRank = 64;
+constexpr int kLanes = 16;
+
+struct DoraNorms {
+  const void* cross;  // [rows, rank] w A'
+  const float *b, *gram, *squares;  // [rows, rank], [rank, padded], [rows]
+  int64_t rows, rank, padded;
+  float scale, cancellation;
+  float* out;  // [rows]
+};
+
+// Rows r to r + kRowsAtOnce of the matrix; those past its end are the last one again.
+template <class T>
+FASTPOST_INLINE void dora_norms_rows(const DoraNorms& p, int64_t r) {
+  float b[kRowsAtOnce][kMaxRank] = {}, cross[kRowsAtOnce][kLanes] = {};
+  float quadratic[kRowsAtOnce][kLanes] = {};
+  for (int i = 0; i < kRowsAtOnce; ++i) {
+    const int64_t row = std::min(r + i, p.rows - 1);
+    for (int64_t k = 0; k < p.rank; ++k) b[i][k] = p.b[row * p.rank + k];
+    const T* products = static_cast<const T*>(p.cross) + row * p.rank;
+    for (int64_t k = 0; k < p.rank; ++k) cross[i][k % kLanes] += load(products + k) * b[i][k];
+  }
+  for (int64_t k = 0; k < p.padded; k += kLanes) {
+    float sums[kRowsAtOnce][kLanes] = {};
+    for (int64_t l = 0; l < p.rank; ++l) {
+      const float* gram = p.gram + l * p.padded + k;
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+#pragma omp simd simdlen(16)
+        for (int j = 0; j < kLanes; ++j) sums[i][j] += b[i][l] * gram[j];
+      }
+    }
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+#pragma omp simd simdlen(16)
+      for (int j = 0; j < kLanes; ++j) quadratic[i][j] += sums[i][j] * b[i][k + j];
+    }
+  }
+  for (int i = 0; i < kRowsAtOnce; ++i) {
+    float linear = 0, square = 0;
+    for (int j = 0; j < kLanes; ++j) linear += cross[i][j], square += quadratic[i][j];
+    const int64_t row = std::min(r + i, p.rows - 1);
+    const float terms = p.squares[row] + p.scale * p.scale * square;
+    const float found = terms + 2 * p.scale * linear;
+    p.out[row] = found < p.cancellation * terms ? -1.0f : std::sqrt(found);
   }
 }
 
@@ -126,6 +212,8 @@ FASTPOST_INLINE void sum_blocks(const float* partials, int64_t blocks, int64_t w
 FASTPOST_ROW_COPIES(dropout_row, Dropout)
 FASTPOST_ROW_COPIES(column_scale_forward_row, ColumnScale)
 FASTPOST_ROW_COPIES(column_scale_backward_row, ColumnScale)
+FASTPOST_ROW_COPIES(column_scale_backward_four, ColumnScale)
+FASTPOST_ROW_COPIES(dora_norms_rows, DoraNorms)
 
 }  // namespace
 }  // namespace fastpost
@@ -168,9 +256,14 @@ FASTPOST_EXPORT void fastpost_column_scale_backward(int is_bf16, const void* gra
                       block_rows};
   const auto row = is_bf16 ? column_scale_backward_row_for<bf16>(simd_limit)
                            : column_scale_backward_row_for<float>(simd_limit);
+  const auto four = is_bf16 ? column_scale_backward_four_for<bf16>(simd_limit)
+                            : column_scale_backward_four_for<float>(simd_limit);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t b = 0; b < blocks; ++b) {
-    for (int64_t r = b * block_rows; r < std::min(rows, (b + 1) * block_rows); ++r) row(p, r);
+    const int64_t end = std::min(rows, (b + 1) * block_rows);
+    int64_t r = b * block_rows;
+    for (; r + kRowsAtOnce <= end; r += kRowsAtOnce) four(p, r);
+    for (; r < end; ++r) row(p, r);
   }
   if (!d_scale) return;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -179,3 +272,19 @@ FASTPOST_EXPORT void fastpost_column_scale_backward(int is_bf16, const void* gra
   }
 }
 FASTPOST_ARGUMENTS(fastpost_column_scale_backward)
+
+// out [rows], -1 where a norm^2 is below `cancellation` of its positive terms. rank <= 64.
+FASTPOST_EXPORT void fastpost_dora_norms(int is_bf16, const void* cross, const float* b,
+                                         const float* gram, const float* squares, int64_t rows,
+                                         int64_t rank, float scale, float cancellation, float* out,
+                                         int simd_limit, int threads) {
+  const int64_t padded = (rank + kLanes - 1) / kLanes * kLanes;
+  std::vector<float> wide(rank * padded);
+  for (int64_t k = 0; k < rank; ++k) std::copy_n(gram + k * rank, rank, wide.data() + k * padded);
+  const DoraNorms p{cross, b, wide.data(), squares, rows, rank, padded, scale, cancellation, out};
+  const auto some = is_bf16 ? dora_norms_rows_for<bf16>(simd_limit)
+                            : dora_norms_rows_for<float>(simd_limit);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r += kRowsAtOnce) some(p, r);
+}
+FASTPOST_ARGUMENTS(fastpost_dora_norms)

@@ -5,6 +5,9 @@ it. Each call looks at the layer's state and takes the fused path only where it 
 does: one active adapter, neither disabled nor merged, LoRA or DoRA, no hook on a part that would no
 longer be called. Everything else (several adapters, `adapter_names`, other variants, a bias of the
 adapter) runs PEFT's own forward. Adapters, configurations and files stay PEFT's.
+Projections of one input share a pass over it: gate and up in the MLP's forward, and q, k and v in
+that of an attention layer, which runs its class's own and whose projections find their products
+made. Where they cannot (`ungrouped_projections` says why) each is a call of its own.
 
 Two differences, both on purpose: adapters kept in fp32 beside a bf16 layer are multiplied in bf16,
 with their gradients in fp32 (PEFT widens the layer's input instead); and dropout is drawn from a
@@ -34,7 +37,16 @@ from fastpost_kernels import (
 )
 from fastpost_kernels.dora_linear import scale_columns
 
-__all__ = ["class_name", "forward_for", "group_forward", "has_hooks", "unfused_adapters"]
+__all__ = [
+    "ATTENTIONS",
+    "FORWARDS",
+    "class_name",
+    "forward_for",
+    "group_forward",
+    "has_hooks",
+    "unfused_adapters",
+    "ungrouped_projections",
+]
 
 _PEFT = "peft.tuners.lora."
 _LAYERS = frozenset({(_PEFT + "layer", "Linear"), (_PEFT + "bnb", "Linear4bit")})
@@ -42,6 +54,29 @@ _DORA = (_PEFT + "variants", "DoraLinearVariant")
 _BNB_LINEAR = ("bitsandbytes.nn.modules", "Linear4bit")
 _NF4_LINEAR = ("fastpost.adapters.nf4_layer", "Nf4Linear")
 _MAX_SEED = 2**62
+
+_MODELS = "transformers.models."
+ATTENTIONS = frozenset(
+    {
+        (_MODELS + "cohere2.modeling_cohere2", "Cohere2Attention"),
+        (_MODELS + "gemma2.modeling_gemma2", "Gemma2Attention"),
+        (_MODELS + "gemma3.modeling_gemma3", "Gemma3Attention"),
+        (_MODELS + "glm4.modeling_glm4", "Glm4Attention"),
+        (_MODELS + "granite.modeling_granite", "GraniteAttention"),
+        (_MODELS + "llama.modeling_llama", "LlamaAttention"),
+        (_MODELS + "mistral.modeling_mistral", "MistralAttention"),
+        (_MODELS + "mixtral.modeling_mixtral", "MixtralAttention"),
+        (_MODELS + "olmo2.modeling_olmo2", "Olmo2Attention"),
+        (_MODELS + "olmo3.modeling_olmo3", "Olmo3Attention"),
+        (_MODELS + "qwen2.modeling_qwen2", "Qwen2Attention"),
+        (_MODELS + "qwen3.modeling_qwen3", "Qwen3Attention"),
+        (_MODELS + "qwen3_moe.modeling_qwen3_moe", "Qwen3MoeAttention"),
+        (_MODELS + "smollm3.modeling_smollm3", "SmolLM3Attention"),
+    }
+)
+"""(module, class) whose forward multiplies `hidden_states`, as it came, with the three below."""
+_QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+_GATE_UP = ("gate_proj", "up_proj")
 
 # Any optimizer's step may have changed an adapter, also one that writes past autograd's versions.
 _steps_done = 0
@@ -91,7 +126,11 @@ _NORMS: weakref.WeakKeyDictionary[nn.Module, _Norms] = weakref.WeakKeyDictionary
 
 def forward_for(module: nn.Module) -> Any:
     """The forward that serves `module`, or None."""
-    return _adapted_forward if class_name(module) in _LAYERS else None
+    if class_name(module) in _LAYERS:
+        return _adapted_forward
+    if class_name(module) in ATTENTIONS and len(_adapted_parts(module, _QUERY_KEY_VALUE)) > 1:
+        return _attention_forward
+    return None
 
 
 def unfused_adapters(model: nn.Module) -> Counter[str]:
@@ -106,21 +145,29 @@ def unfused_adapters(model: nn.Module) -> Counter[str]:
     return found
 
 
+def ungrouped_projections(model: nn.Module) -> Counter[str]:
+    """Reason -> groups of adapted projections of one input that do not share a pass over it."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        for names in (_QUERY_KEY_VALUE, _GATE_UP):
+            parts = _adapted_parts(module, names)
+            if len(parts) < 2:
+                continue
+            if names is _QUERY_KEY_VALUE and class_name(module) not in ATTENTIONS:
+                found[f"attention of class {type(module).__qualname__}"] += 1
+            elif isinstance(reason := _group_of(parts), str):
+                found[reason] += 1
+    return found
+
+
 def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
     """Outputs of several adapted layers on one input, read once; None where they cannot share."""
-    adapters, layers = [], []
-    for module in modules:
-        forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        if forward is not _adapted_forward or has_hooks(module):
-            return None
-        adapter = _adapter_of(module)
-        if isinstance(adapter, str) or not _fits(adapter, x):
-            return None
-        weight, bias, a, b, scale, dropout_p, magnitude, _ = adapter
-        # dropout would be one mask for all, where PEFT draws one for each
-        if isinstance(weight, Nf4Weight) or dropout_p > 0:
-            return None
-        adapters.append(adapter)
+    adapters = _group_of(modules)
+    if isinstance(adapters, str) or not all(_fits(adapter, x) for adapter in adapters):
+        return None
+    layers = []
+    for weight, bias, a, b, scale, _, magnitude, _ in adapters:
+        assert isinstance(weight, Tensor)
         layers.append(LoraWeights(weight, bias if magnitude is None else None, a, b, scale))
     outputs = lora_linears(x, layers)
     for i, (module, adapter) in enumerate(zip(modules, adapters, strict=True)):
@@ -130,8 +177,55 @@ def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
     return outputs
 
 
+def _group_of(modules: list[nn.Module]) -> list[Adapter] | str:
+    """The layers' adapters, or why they cannot share a pass over their input."""
+    adapters = []
+    for module in modules:
+        forward = getattr(module.__dict__.get("forward"), "__func__", None)
+        if forward is not _adapted_forward:
+            return "a projection that is not adapted, or has a forward of its own"
+        if has_hooks(module):
+            return "a hook on a projection"
+        adapter = _adapter_of(module)
+        if isinstance(adapter, str):
+            return adapter
+        if isinstance(adapter.weight, Nf4Weight):
+            return "4-bit weights"
+        if adapter.dropout_p > 0:  # one mask would serve all, where PEFT draws one for each
+            return "lora_dropout"
+        adapters.append(adapter)
+    return adapters
+
+
+def _adapted_parts(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """Those of a module's children by these names that are layers of PEFT's."""
+    parts = (module._modules.get(name) for name in names)
+    return [part for part in parts if part is not None and class_name(part) in _LAYERS]
+
+
+def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    x: Any = args[0] if args else kwargs.get("hidden_states")
+    parts = _adapted_parts(self, _QUERY_KEY_VALUE)
+    # a compiler breaks at what is handed over; it gets the projections one by one
+    is_traced = torch.compiler.is_compiling()
+    outputs = group_forward(parts, x) if len(parts) > 1 and not is_traced else None
+    if outputs is None:
+        return type(self).forward(self, *args, **kwargs)
+    for part, y in zip(parts, outputs, strict=True):
+        part.__dict__["_prepared"] = x, y
+    try:
+        return type(self).forward(self, *args, **kwargs)
+    finally:
+        for part in parts:
+            part.__dict__.pop("_prepared", None)
+
+
 def _adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     asks_more = args or any(value is not None for value in kwargs.values())
+    if not torch.compiler.is_compiling():
+        prepared = self.__dict__.pop("_prepared", None)
+        if prepared is not None and prepared[0] is x and not asks_more:
+            return prepared[1]
     adapter = "arguments" if asks_more else _adapter_of(self)
     if isinstance(adapter, str) or not _fits(adapter, x):
         return type(self).forward(self, x, *args, **kwargs)
@@ -274,5 +368,6 @@ def class_name(module: Any) -> tuple[str, str]:
     return type(module).__module__, type(module).__qualname__
 
 
+FORWARDS = (_adapted_forward, _attention_forward)
 # Pickle stores a bound method as its name, to be looked up in the class on loading.
-_adapted_forward.__name__ = "forward"
+_adapted_forward.__name__ = _attention_forward.__name__ = "forward"

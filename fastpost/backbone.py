@@ -27,6 +27,7 @@ from fastpost import attention, layers
 from fastpost.adapted_layers import unfused_adapters
 from fastpost.packing import PackPlan, UnpackableBatchError, pack
 from fastpost.scored_output import TokenStats
+from fastpost.sharding import reshard
 
 # Arguments that describe the batch's layout; the plan replaces them.
 _LAYOUT_ARGUMENTS = frozenset(
@@ -234,6 +235,7 @@ class PackedBackbone(ABC):
         finally:
             for module, training in was_training.items():
                 module.training = training
+            reshard(self.model)
 
 
 _ENGINES: weakref.WeakKeyDictionary[nn.Module, PackedBackbone] = weakref.WeakKeyDictionary()

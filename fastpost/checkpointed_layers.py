@@ -1,8 +1,9 @@
-"""Which layers are checkpointed, kept when checkpointing is switched off and on again.
+"""Which layers are checkpointed and where their inputs wait, also when switched off and on again.
 
 transformers takes `every_n_layers` and `offload` out of `activation_checkpointing_kwargs` before it
 switches checkpointing on. TRL switches it off for the reference pass and for generation, and on
-again with the whole dictionary, which `torch.utils.checkpoint` then refuses.
+again with the whole dictionary, which `torch.utils.checkpoint` then refuses. `offload` is that of
+`fastpost.offloaded_states`: transformers' own copies on the stream that computes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedModel
+
+from fastpost.offloaded_states import offloading
 
 LAYER_OPTIONS = ("every_n_layers", "offload")
 
@@ -33,6 +36,18 @@ def keep_layer_options(model: Any, options: dict[str, Any] | None) -> None:
         for name in LAYER_OPTIONS:
             if name in rest:
                 layer_options[name] = rest.pop(name)
+        offload = layer_options.pop("offload", False)
         enable(base, rest or None, **layer_options)
+        if offload:
+            _offload_inputs(base)
 
     base.gradient_checkpointing_enable = gradient_checkpointing_enable
+
+
+def _offload_inputs(model: PreTrainedModel) -> None:
+    """Let the layers that are checkpointed keep their inputs in host memory."""
+    run = None
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            run = run or offloading(module._gradient_checkpointing_func)
+            module._gradient_checkpointing_func = run

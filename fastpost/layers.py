@@ -96,7 +96,7 @@ def detach(model: nn.Module) -> None:
     """Takes the fused forwards away; forwards that others put in their place since stay."""
     for module in model.modules():
         forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        if forward is not None and forward in _FORWARDS + (_adapted_forward_for(module),):
+        if forward is not None and forward in _FORWARDS + adapted_layers.FORWARDS:
             del module.__dict__["forward"]
 
 

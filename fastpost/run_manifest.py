@@ -7,6 +7,7 @@ is a run of neither setting. Each checkpoint therefore holds `fastpost_run.json`
                 optimizer, seeds, rows a step                                          must agree
     data        rows and SHA-256 of the prepared training data                         must agree
     reference   digest of the reference's weights, where there is a reference          must agree
+    model       architecture, trained parameters, digest of a sample of frozen ones    must agree
     schedule    learning rate and its schedule, number of steps, precision, layout     warned of
     versions    of the libraries                                                       warned of
 """
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 MANIFEST = "fastpost_run.json"
-_STRICT_SECTIONS = ("objective", "data", "reference")
+_STRICT_SECTIONS = ("objective", "data", "reference", "model")
 _LOOSE_SECTIONS = ("schedule", "versions")
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
@@ -72,6 +75,18 @@ _NEUTRAL_OF_ADAPTER = {
     "revision",
 }
 # transformers restores the scheduler, and with it the rate the schedule is a share of.
+# Of a model's configuration: where it came from, and what trainers switch.
+_NEUTRAL_OF_MODEL = {
+    "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_SAMPLE = 16
+_ABSENT = object()
 _REMARKS = {"learning_rate": " (the checkpoint's stays in force)"}
 # Of a method's fields: how it is computed, shown or loaded, not what.
 _NEUTRAL = frozenset(
@@ -87,9 +102,11 @@ _NEUTRAL = frozenset(
         "log_multimodal",
         "log_unique_prompts",
         "memory_budget_gb",
+        "mlp_tile_tokens",
         "model_init_kwargs",
         "num_completions_to_print",
         "num_generations_eval",
+        "optimizer_in_backward",
         "pad_to_multiple_of",
         "padding_free",
         "precompute_ref_batch_size",
@@ -109,6 +126,7 @@ def describe_run(
     reference: str | None = None,
     adapters: dict[str, Any] | None = None,
     rewards: list[str] | None = None,
+    model: Any = None,
 ) -> dict[str, Any]:
     """The manifest of a run.
 
@@ -118,6 +136,7 @@ def describe_run(
         reference: digest of the reference's weights.
         adapters: name -> configuration of each of the policy's adapters (PEFT's `peft_config`).
         rewards: names of the reward functions.
+        model: the policy.
     """
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {field.name for field in dataclasses.fields(args) if field.init} - inherited - _NEUTRAL
@@ -135,9 +154,48 @@ def describe_run(
         "objective": objective,
         "data": describe_data(train_dataset),
         "reference": {"sha256": reference},
-        "schedule": {name: _plain(getattr(args, name)) for name in sorted(_SCHEDULE)},
+        "model": {} if model is None else describe_model(model, is_first=args.process_index == 0),
+        "schedule": {name: _plain(getattr(args, name)) for name in sorted(_SCHEDULE)}
+        | {"processes": args.world_size},
         "versions": {name: version(name) for name in _LIBRARIES},
     }
+
+
+def describe_model(model: Any, *, is_first: bool) -> dict[str, Any]:
+    """Architecture, and which base adapters were trained on.
+
+    Args:
+        model: a transformers model or `PeftModel`.
+        is_first: whether this process has the weights: others may wait for theirs.
+    """
+    config = _plain(model.config.to_diff_dict()) if hasattr(model, "config") else {}
+    return {
+        "config": {name: v for name, v in config.items() if name not in _NEUTRAL_OF_MODEL},
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "frozen_sample": _sample_of_frozen(model) if is_first else None,
+    }
+
+
+def _sample_of_frozen(model: Any) -> str | None:
+    """SHA-256 of a few values of each frozen weight; None if there are none, or only shards.
+
+    Floats are rounded to bfloat16, so that a base loaded in another precision is the same base.
+    """
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    if not frozen or any(p.is_meta or isinstance(p, DTensor) for _, p in frozen):
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in sorted(frozen):
+        # A wrapper that is put around a layer later changes its name.
+        digest.update(f"{name.rpartition('.')[2]} {list(parameter.shape)}".encode())
+    samples = []
+    for _, parameter in sorted(frozen):
+        values = parameter.detach().reshape(-1)
+        values = values[:: max(1, values.numel() // _SAMPLE)]
+        samples.append(values.to(torch.bfloat16) if values.is_floating_point() else values)
+    for sample in samples:
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
@@ -189,15 +247,30 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str],
             old, new = before.get(section) or {}, now.get(section) or {}
             for name in sorted(old.keys() & new.keys()):
                 # None: one of the two could not say (a stream, a reference without weights).
-                unknown = section in ("data", "reference") and None in (old[name], new[name])
-                if old[name] != new[name] and not unknown:
-                    lines.append(
-                        f"{section} {name}: {old[name]!r} in the checkpoint, {new[name]!r} now"
-                        + _REMARKS.get(name, "")
-                    )
+                unknown = section not in ("objective", "schedule") and None in (
+                    old[name],
+                    new[name],
+                )
+                if not unknown:
+                    lines += _differing(f"{section} {name}", old[name], new[name])
         return lines
 
     return compare(_STRICT_SECTIONS), compare(_LOOSE_SECTIONS)
+
+
+def _differing(place: str, old: Any, new: Any) -> list[str]:
+    """One line for each value that differs; within dicts by its key."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for name in sorted(old.keys() | new.keys()):
+            inner = old.get(name, _ABSENT), new.get(name, _ABSENT)
+            lines += _differing(f"{place}.{name}", *inner)
+        return lines
+    told = ["absent" if value is _ABSENT else repr(value) for value in (old, new)]
+    remark = _REMARKS.get(place.rpartition(" ")[2], "")
+    return [f"{place}: {told[0]} in the checkpoint, {told[1]} now{remark}"]
 
 
 def _plain(value: Any) -> Any:
@@ -218,6 +291,7 @@ def _plain(value: Any) -> Any:
 __all__ = [
     "MANIFEST",
     "describe_data",
+    "describe_model",
     "describe_run",
     "differences",
     "read_manifest",

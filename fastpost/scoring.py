@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -245,6 +246,14 @@ class Engine(PackedBackbone):
                 if refusal is not None:
                     self.unpackable_reason = refusal
                     self.fall_back(f"packing refused: {refusal}")
+            if isinstance(self.model, FSDPModule):
+                # Last norm and head may be one unit, which is given back once both have run.
+                head = self.model.get_output_embeddings()
+                head(
+                    torch.zeros(
+                        1, head.in_features, dtype=self.model.dtype, device=head.weight.device
+                    )
+                )
         self.packed_forwards = 0
         return ", ".join(found)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpost import adapted_layers, layers
-from fastpost.adapted_layers import unfused_adapters
+from fastpost.adapted_layers import unfused_adapters, ungrouped_projections
 
 BF16, FP32 = torch.bfloat16, torch.float32
 IDS = torch.arange(3, 67).view(2, 32)
@@ -96,8 +96,9 @@ def test_equals_peft(calls, use_dora: bool, use_rslora: bool) -> None:
     layers.attach(model)
     assert_same(run(model), expected, 2e-5)
     assert not unfused_adapters(model)
-    assert calls["dora_linear" if use_dora else "lora_linear"] == 10
-    assert calls["lora_linears"] == 2  # gate and up share a pass
+    assert calls["dora_linear" if use_dora else "lora_linear"] == 4
+    assert calls["lora_linears"] == 4  # q, k and v share a pass, gate and up another
+    assert not ungrouped_projections(model)
     layers.detach(model)
     assert all("forward" not in module.__dict__ for module in model.modules())
 
@@ -127,7 +128,7 @@ def test_autocast(calls) -> None:
         with torch.autocast("cpu", BF16):
             results.append(run(model))
     assert_same(results[1], results[0], 0.08)
-    assert calls["dora_linear"] == 10 and calls["lora_linears"] == 2
+    assert calls["dora_linear"] == 4 and calls["lora_linears"] == 4
 
 
 def test_adapters_in_every_state(calls) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.ops import __main__ as command
 from bench.ops import (
+    bench_adamw_8bit,
     bench_layers,
     bench_linear_logprob,
     bench_preference_logratio,
@@ -37,6 +38,7 @@ CASES |= {
     for op in bench_preference_logratio.OPS
 }
 CASES |= {op: lambda op=op: bench_layers.case(op, 64, rows=40) for op in bench_layers.OPS}
+CASES["optimizer"] = lambda: bench_adamw_8bit.case(64, layers=1)
 CASES |= {
     "attention, shared": lambda: bench_prefix_attention.case("tiny", workload=TINY),
     "attention, one length": lambda: bench_prefix_attention.case("even", workload=EVEN),
@@ -67,6 +69,18 @@ def test_every_contender_agrees_with_the_truth(name: str) -> None:
     assert floor["over_floor"] == 1 and "error" not in floor
     assert all(0 < row["error"] < row["error_limit"] for row in rivals if "error" in row)
     assert sum(row["implementation"].startswith("fastpost") for row in rivals) >= 1
+
+
+def test_an_optimizer_that_does_not_step_is_wrong() -> None:
+    case = bench_adamw_8bit.case(64, layers=1)
+    idle = case.contenders[1]._replace(
+        run=lambda: {
+            str(i): p.detach()
+            for i, p in enumerate(bench_adamw_8bit.parameters(64, 1, torch.bfloat16, "cpu"))
+        }
+    )
+    found = measuring.measure(case._replace(contenders=(idle,)), Steps(), 1, CPU)
+    assert found[0]["status"] == "wrong: weights"
 
 
 def test_flops_of_the_frozen_and_the_trained_head() -> None:

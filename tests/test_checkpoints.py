@@ -15,9 +15,9 @@ import transformers
 import trl
 from transformers.trainer_utils import get_last_checkpoint
 
-from fastpost import checkpoints
 from fastpost.checkpoints import (
     SAVING,
+    atomic,
     last_complete_checkpoint,
     publish,
     publish_files,
@@ -56,7 +56,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
             raise Stopped
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoints.os, name, stopping)
+    monkeypatch.setattr(atomic.os, name, stopping)
 
 
 def test_published_folder_has_its_name_and_files(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_every_file_is_flushed_before_the_name_is_given(
         order.append("rename")
         stock_rename(*names)
 
-    monkeypatch.setattr(checkpoints.os, "fsync", fsync)
-    monkeypatch.setattr(checkpoints.os, "rename", rename)
+    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    monkeypatch.setattr(atomic.os, "rename", rename)
     publish(staged, tmp_path / "checkpoint-4")
     assert set(order[: order.index("rename")]) == everything
     assert order[-1] == str(tmp_path)
@@ -166,7 +166,7 @@ def test_rotation_never_half_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            checkpoints.shutil, "rmtree", lambda path, **options: None if options else stop(path)
+            atomic.shutil, "rmtree", lambda path, **options: None if options else stop(path)
         )
         with pytest.raises(Stopped):
             rotate(tmp_path, 1, None)
@@ -202,9 +202,9 @@ def test_state_survives_the_disk(tmp_path: Path) -> None:
         "mask": torch.tensor([True, False]),
         "scalar": torch.tensor(3),
     }
-    write_state(tmp_path, state, rank=1)
-    assert read_state(tmp_path, rank=0) is None
-    back = read_state(tmp_path, rank=1)
+    write_state(tmp_path, state, 1)
+    assert read_state(tmp_path, 0) is None
+    back = read_state(tmp_path, 1)
     assert back is not None and back.keys() == state.keys()
     for name in ("float", "infinite", "none", "flag", "nested"):
         assert back[name] == state[name] and type(back[name]) is type(state[name])

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from peft import LoraConfig, get_peft_model
 
-from fastpost.run_manifest import MANIFEST, describe_data, differences
+from fastpost.run_manifest import MANIFEST, describe_data, describe_model, differences
 from fastpost.scoring import FastpostWarning
 from tests.trainers.methods import causal_model, preference_rows
 from tests.trainers.resumable import build
@@ -83,6 +84,44 @@ def test_another_reference_is_refused(run: Path) -> None:
         resume(run, change=change)
 
 
+def test_differences_within_a_value_are_told_alone() -> None:
+    before = {"objective": {"adapters": {"default": {"r": 4, "target_modules": ["q", "v"]}}}}
+    now = {"objective": {"adapters": {"default": {"r": 8, "target_modules": ["q", "v"]}, "b": {}}}}
+    assert differences(before, now) == (
+        [
+            "objective adapters.b: absent in the checkpoint, {} now",
+            "objective adapters.default.r: 4 in the checkpoint, 8 now",
+        ],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "line"),
+    [
+        ({}, {"num_hidden_layers": 3}, "model config.num_hidden_layers: 2 in the checkpoint, 3"),
+        ({}, {"seed": 1}, "model frozen_sample"),
+        ({}, {"dtype": torch.bfloat16}, None),
+    ],
+    ids=["architecture", "weights", "precision"],
+)
+def test_another_base_is_another_model(
+    one: dict[str, Any], other: dict[str, Any], line: str | None
+) -> None:
+    def describe(dtype: torch.dtype = torch.float32, **config: Any) -> dict[str, Any]:
+        model = get_peft_model(causal_model(**config).to(dtype), LoraConfig(r=4))
+        return {"model": describe_model(model, is_first=True)}
+
+    forbidding, _ = differences(describe(**one), describe(**other))
+    assert [found.startswith(str(line)) for found in forbidding[:1]] == ([True] if line else [])
+
+
+def test_what_only_the_first_process_can_say_is_not_compared() -> None:
+    model = get_peft_model(causal_model(), LoraConfig(r=4))
+    first, other = ({"model": describe_model(model, is_first=first)} for first in (True, False))
+    assert first["model"]["frozen_sample"] and differences(first, other) == ([], [])
+
+
 @pytest.mark.parametrize(
     ("config", "field"),
     [
@@ -122,7 +161,14 @@ def test_checkpoints_of_other_trainers_are_taken_with_a_warning(run: Path, tmp_p
 
 def test_the_manifest_is_plain_json(run: Path) -> None:
     manifest = json.loads((run / "DPO" / "checkpoint-2" / MANIFEST).read_text())
-    assert manifest.keys() == {"objective", "data", "reference", "schedule", "versions"}
+    assert manifest.keys() == {
+        "objective",
+        "data",
+        "reference",
+        "model",
+        "schedule",
+        "versions",
+    }
     assert manifest["data"]["rows"] == 12 and len(manifest["reference"]["sha256"]) == 64
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]
     assert "output_dir" not in str(manifest) and "0x" not in str(manifest)
@@ -157,7 +203,7 @@ def test_another_adapter_is_refused(tmp_path: Path) -> None:
     trainer.train()
     trainer.model.peft_config["default"].lora_alpha = 16
     with pytest.raises(
-        ValueError, match=r"objective adapters: .*'lora_alpha': 8.*'lora_alpha': 16"
+        ValueError, match=r"objective adapters\.default\.lora_alpha: 8 in the checkpoint, 16 now"
     ):
         trainer.train(resume_from_checkpoint=True)
 

@@ -1,4 +1,4 @@
-"""`python -m bench.ops [head|preference|attention|layers|all]`: our ops, their peers, their floors.
+"""`python -m bench.ops [head|preference|attention|layers|optimizer|all]`: ours beside peers.
 
 Prints a table and writes `bench/results/ops_<suite>.json` and, time against memory, `.png`. Every
 contender is checked against float64 before it is timed. Rounds go through all contenders in turn;
@@ -17,6 +17,7 @@ import torch
 
 from bench.environment import RESULTS, describe
 from bench.ops import (
+    bench_adamw_8bit,
     bench_layers,
     bench_linear_logprob,
     bench_preference_logratio,
@@ -26,7 +27,7 @@ from bench.ops.contender import Case
 from bench.ops.measuring import CLOCKS, choose_clock, measure
 from bench.ops.pareto import plot
 
-SUITES = ("head", "preference", "attention", "layers")
+SUITES = ("head", "preference", "attention", "layers", "optimizer")
 
 
 def cases(suite: str, options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
@@ -41,8 +42,10 @@ def cases(suite: str, options: argparse.Namespace, device: torch.device) -> Iter
         elif suite == "preference":
             rows = options.rows // 2  # of each side
             yield from bench_preference_logratio.cases(width, device, rows, options.vocab)
-        else:
+        elif suite == "layers":
             yield from bench_layers.cases(width, device)
+        else:
+            yield bench_adamw_8bit.case(width, device)
 
 
 def print_row(row: dict[str, Any]) -> None:

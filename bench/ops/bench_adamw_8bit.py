@@ -1,10 +1,12 @@
 """An optimizer step: `AdamW8bit` beside torch's fused AdamW and bitsandbytes' AdamW8bit.
 
+    python -m bench.ops optimizer --widths 576
     python -m bench.ops.bench_adamw_8bit --width 576 --layers 4 --threads 1 --clock cpu
     python -m pytest bench/ops/bench_adamw_8bit.py --benchmark-group-by=group
 
 The parameters are those of a Llama's layers. Held: weights, gradients and states, counted from the
-tensors after the first step. The floor reads and writes our bytes and does nothing else.
+tensors after the first step. The floor reads and writes our bytes and does nothing else. In
+`bench.ops` the weights after the first step are checked against AdamW's in float64.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.ops.contender import Case, Contender, Results
 from bench.ops.measuring import CLOCKS, choose_clock
 from fastpost_kernels import AdamW8bit
 
-__all__ = ["CONTENDERS", "Step", "parameters"]
+__all__ = ["CONTENDERS", "Step", "case", "parameters"]
 
 FP32, BF16 = torch.float32, torch.bfloat16
+LAYERS = 4
 
 
 class Step(NamedTuple):
@@ -35,14 +39,15 @@ class Step(NamedTuple):
 
 
 def parameters(width: int, layers: int, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
-    """Four projections, a gated MLP of 8/3 the width and two norms a layer."""
+    """Four projections, a gated MLP of 8/3 the width and two norms a layer; values of bf16."""
     inner = 8 * width // 3 // 64 * 64
     shapes = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)] + [(width,)] * 2
     generator = torch.Generator().manual_seed(0)
     found = []
     for shape in shapes * layers:
-        param = nn.Parameter(torch.randn(shape, generator=generator).to(dtype).to(device))
-        param.grad = torch.randn(shape, generator=generator).to(dtype).to(device) * 1e-3
+        param = nn.Parameter(torch.randn(shape, generator=generator).to(BF16).to(device, dtype))
+        grad = 1e-3 * torch.randn(shape, generator=generator)
+        param.grad = grad.to(BF16).to(device, dtype)
         found.append(param)
     return found
 
@@ -55,22 +60,22 @@ def _step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> Step:
     return Step(optimizer.step, sum(x.nbytes for x in held), sum(param.numel() for param in params))
 
 
-def _ours(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return AdamW8bit(params, lr=1e-5)
+def _ours(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return AdamW8bit(params, lr=lr)
 
 
-def _to_nearest(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return AdamW8bit(params, lr=1e-5, stochastic_rounding=False)
+def _to_nearest(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return AdamW8bit(params, lr=lr, stochastic_rounding=False)
 
 
-def _fused(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=1e-5, fused=True)
+def _fused(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=lr, fused=True)
 
 
-def _bitsandbytes(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _bitsandbytes(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     from bitsandbytes.optim import AdamW8bit as Peer
 
-    return Peer(params, lr=1e-5)  # type: ignore[no-any-return]
+    return Peer(params, lr=lr, weight_decay=1e-2)  # type: ignore[no-any-return]
 
 
 CONTENDERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], torch.dtype]] = {
@@ -87,19 +92,62 @@ CONTENDERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], torch.dtype]] 
 def contender(name: str, width: int, layers: int, device: str = "cpu") -> Step:
     make, dtype = CONTENDERS[name]
     params = parameters(width, layers, dtype, device)
-    return _step(make(params), params)
+    return _step(make(params, 1e-5), params)
 
 
-def _floor(step: Step) -> Step:
+def _bytes_alone(elements: int, device: str | torch.device = "cpu") -> Callable[[], Results]:
     """10 bytes an element: 6 read and 4 written by copies of bytes."""
-    read, written = (torch.ones(5 * step.elements, dtype=torch.uint8) for _ in range(2))
-    return step._replace(run=lambda: written.copy_(read))
+    read, written = (torch.ones(5 * elements, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def run() -> Results:
+        written.copy_(read)
+        return {}
+
+    return run
+
+
+def case(width: int, device: str | torch.device = "cpu", layers: int = LAYERS) -> Case:
+    """All optimizers on the same weights and gradients, at a rate at which bf16 sees a step."""
+    device = str(device)
+
+    def step_of(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> Any:
+        params = parameters(width, layers, dtype, device)
+        made: list[torch.optim.Optimizer] = []
+
+        def run() -> Results:
+            if not made:  # a peer that is not installed fails here, and gets a row
+                made.append(make(params, 0.1))
+            made[0].step()
+            return {str(i): param.detach() for i, param in enumerate(params)}
+
+        return run
+
+    def flat(found: Results) -> Results:
+        return {"weights": torch.cat([x.flatten() for x in found.values()])}
+
+    def plain(dtype: torch.dtype) -> Callable[[], Results]:
+        return lambda: flat(step_of(lambda p, lr: torch.optim.AdamW(p, lr=lr), dtype)())
+
+    elements = sum(p.numel() for p in parameters(width, layers, BF16, "cpu"))
+    return Case(
+        "AdamW step",
+        f"{elements} parameters",
+        plain(torch.float64),
+        plain(BF16),
+        (
+            Contender("its bytes alone", _bytes_alone(elements, device), is_floor=True),
+            *(
+                Contender(name, step_of(make, dtype), unpack=flat)
+                for name, (make, dtype) in CONTENDERS.items()
+            ),
+        ),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS)
@@ -111,7 +159,8 @@ def main() -> None:
         key: contender(key, options.width, options.layers, options.device) for key in CONTENDERS
     }
     if options.device == "cpu":
-        steps["floor: our bytes copied"] = _floor(steps["fastpost, bf16"])
+        ours = steps["fastpost, bf16"]
+        steps["floor: our bytes copied"] = ours._replace(run=_bytes_alone(ours.elements))
     times: dict[str, list[float]] = {key: [] for key in steps}
     for _ in range(options.rounds):
         for key, step in steps.items():

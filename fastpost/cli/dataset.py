@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastpost.cli.recipe import UsageError
@@ -13,41 +11,24 @@ from fastpost.guards.columns import require_columns
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
 
 def load_data(source: str, split: str, field: str) -> Dataset:
-    """Loads a JSONL, JSON, Parquet or CSV file, or a data set by its name or folder.
+    """Loads data as every command does (`fastpost.data.rows.load_table`).
 
     Args:
-        source: the file, folder or name.
-        split: a split in datasets' notation ("train", "train[:1000]"); of a file, which has no
-            splits of its own, any name stands for the whole.
+        source: a .jsonl, .json, .parquet or .csv file, a folder, or a name.
+        split: a split in datasets' notation ("train", "train[:1000]").
         field: the field `source` came from, for messages.
 
     Raises:
         UsageError: there is no such data, it cannot be read, or it is empty.
     """
-    from datasets import load_dataset  # heavy
-    from datasets.exceptions import DatasetsError
+    from fastpost.data.rows import DataError, load_table  # heavy
 
-    path = Path(source).expanduser()
-    builder = BUILDERS.get(path.suffix.lower())
-    if builder and not path.is_file():
-        raise UsageError(f"{field}: there is no file {source}")
-    if builder and path.stat().st_size == 0:
-        raise UsageError(f"{field}: {source} is empty")
-    if not builder and path.is_file():
-        raise UsageError(f"{field}: {source} is of an unknown kind, expected {', '.join(BUILDERS)}")
     try:
-        if builder:
-            name = re.split(r"[^\w.-]", split, maxsplit=1)[0]
-            data = load_dataset(builder, data_files={name: str(path)}, split=split)
-        else:
-            data = load_dataset(str(path) if path.is_dir() else source, split=split)
-    except (DatasetsError, OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise UsageError(f"{field}: {source} ({split}) cannot be loaded: {cause}") from error
+        data = load_table(source, split)
+    except DataError as error:
+        raise UsageError(f"{field}: {error}") from error
     if len(data) == 0:
         raise UsageError(f"{field}: {source} ({split}) has no rows")
     return data

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from fastpost.cli.recipe import UsageError, convert, did_you_mean
 
 if TYPE_CHECKING:
+    from fastpost.planning.planner import Plan
     from fastpost.planning.request import Request
-    from fastpost.planning.roofline import Assumptions, Prediction
-    from fastpost.planning.trace import Traced
+    from fastpost.planning.roofline import Assumptions
 
 USAGE = """usage: fastpost plan --model MODEL [options]
 
@@ -20,45 +20,56 @@ Traces the model, its engine, adapter, sharding and optimizer on tensors without
 memory per GPU, FLOPs, time and disk. No weights, no network, no GPU.
 
   --model MODEL          an id with a bundled configuration (--list), a config.json, or a folder
-  --method METHOD        sft (default), dpo, grpo
+  --method METHOD        sft (default), dpo, kto, orpo, cpo, simpo, reward, grpo, rloo
   --gpus COUNTxNAME      such as 8xH100-80GB (default 1xH100-80GB)
   --seq N                tokens of a row (default 8192)
   --rows N               rows a GPU computes at once: of DPO pairs, of GRPO completions (default 1)
-  --prompt SHARE         of a row that is prompt, for dpo and grpo (default 0.5)
-  --group N              completions of a prompt, for grpo (default 8)
+  --prompt SHARE         of a row that is prompt, for all but sft (default 0.5)
+  --group N              completions of a prompt, for grpo and rloo (default 8)
+  --beta N               weight of the reference, for grpo (default 0) and rloo (default 0.05)
+  --rollout-dtype NAME   sample from a copy: bfloat16, float16, float32; without it from the model
   --tokens-per-step N    of an optimizer step over all GPUs; batches are accumulated
   --adapter KIND:RANK    lora, dora, qlora; without it all weights are trained
   --optimizer NAME       adamw (default), adamw_8bit
-  --precision NAME       mixed (default): trained weights in fp32; bf16: none are
+  --precision NAME       mixed (default): trained weights in fp32, computed in bf16; bf16; fp32
   --checkpointing BOOL   recompute each layer in the backward (default true)
+  --offload BOOL         what checkpointing keeps waits in host memory (default false)
+  --optimizer-in-backward BOOL   update each layer in the backward, without clipping (default false)
   --memory-budget-gb N   workspace of the language-model head
   --train-tokens N       of the whole training, to predict hours and money
-  --auto FILE            find the rows, checkpointing and optimizer that are predicted to be fastest
-                         and fit, and write them as a recipe for `fastpost METHOD --config FILE`
+  --auto FILE            find the rows, checkpointing, offloading and optimizer that are predicted
+                         to be fastest and fit, and write them as a recipe for
+                         `fastpost METHOD --config FILE`
   --whole                trace every layer instead of composing equal ones
   --json                 prints JSON
   --list                 prints the bundled models and the known GPUs
 
 assumptions of the prediction of time:
-  --reached SHARE, --link-reached SHARE, --overlap SHARE
-  --gpu-memory-gb, --tflops, --bandwidth, --link, --price   of the GPU (GiB, 10^12/s, GB/s)"""
+  --reached SHARE, --link-reached SHARE, --overlap SHARE, --host-link GB/s
+  --gpu-memory-gb, --reserve-gb (not for tensors), --tflops, --bandwidth, --link, --price
+                         of the GPU (GiB, GiB, 10^12/s, GB/s, GB/s, dollars an hour)"""
 
 _SWITCHES = ("json", "whole", "list")
 _GPU_FIELDS = {"tflops": "tflops", "bandwidth": "bandwidth", "link": "link", "price": "price"}
-_ASSUMED = ("reached", "link_reached", "overlap")
+_GIB_FIELDS = {"gpu_memory_gb": "memory", "reserve_gb": "reserve"}
+_ASSUMED = ("reached", "link_reached", "overlap", "host_link")
 _NUMBERS: dict[str, Any] = {
     "seq": int,
     "rows": int,
     "prompt": float,
     "group": int,
     "tokens_per_step": int,
+    "beta": float,
     "checkpointing": bool,
+    "offload": bool,
+    "optimizer_in_backward": bool,
     "memory_budget_gb": float,
     "train_tokens": float,
-    "gpu_memory_gb": float,
-    **dict.fromkeys((*_GPU_FIELDS, *_ASSUMED), float),
+    **dict.fromkeys((*_GPU_FIELDS, *_GIB_FIELDS, *_ASSUMED), float),
 }
-_TEXTS = ("auto", "model", "method", "gpus", "adapter", "optimizer", "precision")
+_TEXTS = (
+    "auto", "model", "method", "gpus", "adapter", "optimizer", "precision", "rollout_dtype"
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -70,56 +81,52 @@ def main(argv: list[str]) -> int:
     if "list" in given:
         print(_list())
         return 0
-    from fastpost.planning.composition import trace_composed  # heavy
-    from fastpost.planning.report import as_dict, describe, settings, verdict
-    from fastpost.planning.roofline import predict
-    from fastpost.planning.suggestions import changes_that_fit, fastest_that_fits
-    from fastpost.planning.trace import trace
+    from fastpost.planning.planner import fastest, plan  # heavy
 
-    run = trace if "whole" in given else trace_composed
+    whole = "whole" in given
     try:
         request, assumptions = _request(given), _assumptions(given)
-        traced = None
         if "auto" in given:
-            _check_recipe(request)
-            traced = fastest_that_fits(request, run, assumptions)
-        if traced is None:
-            traced = run(request)
-        changes = changes_that_fit(request, run) if traced.headroom < 0 else []
+            request = fastest(request, assumptions=assumptions, whole=whole) or request
+        found = plan(
+            request,
+            assumptions=assumptions,
+            train_tokens=given.get("train_tokens"),
+            whole=whole,
+            suggest=True,
+        )
+        if "auto" in given and found.fits:
+            _write_recipe(given["auto"], found)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    predicted = predict(traced, assumptions, given.get("train_tokens"))
-    if "auto" in given and traced.headroom >= 0:
-        _write_recipe(given["auto"], traced, predicted)
     if "json" in given:
-        found = as_dict(traced, predicted, assumptions)
-        found["changes_that_fit"] = [
-            {"change": words, "predicted_peak_bytes": other.peak.total} for words, other in changes
-        ]
-        print(json.dumps(found, indent=2))
-        return int(traced.headroom < 0)
-    print(describe(traced, predicted, assumptions))
-    if traced.headroom < 0:
+        print(json.dumps(found.as_dict(), indent=2))
+        return int(not found.fits)
+    print(found.text())
+    _print_ending(found, given.get("auto"))
+    return int(not found.fits)
+
+
+def _print_ending(found: Plan, file: str | None) -> None:
+    """What helps where it does not fit, or where the recipe went."""
+    from fastpost.planning.report import settings, verdict
+    from fastpost.planning.roofline import predict
+
+    if not found.fits:
+        changes = found.changes
         print("\nChanges that make it fit, each traced again:" if changes else "\nNothing fits.")
         for words, other in changes:
-            speed = predict(other, assumptions).tokens_per_second
+            speed = predict(other, found.assumptions).tokens_per_second
             print(f"  {words}\n    {verdict(other)}; predicted {speed:,.0f} tokens/s")
-    if "auto" in given and traced.headroom >= 0:
-        print(f"\nWritten to {given['auto']}: {settings(traced)}")
-    return int(traced.headroom < 0)
+    elif file is not None:
+        print(f"\nWritten to {file}: {settings(found.traced)}")
 
 
-def _check_recipe(request: Request) -> None:
-    from fastpost.planning.recipe import recipe_fields
-
-    recipe_fields(request)  # refuses what no recipe can say, before anything is traced
-
-
-def _write_recipe(path: str, traced: Traced, predicted: Prediction) -> None:
+def _write_recipe(path: str, found: Plan) -> None:
     from fastpost.planning.recipe import recipe_text
 
     try:
-        Path(path).write_text(recipe_text(traced, predicted), encoding="utf-8")
+        Path(path).write_text(recipe_text(found.traced, found.predicted), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--auto {path}: {error.strerror}") from None
 
@@ -158,8 +165,9 @@ def _request(given: dict[str, Any]) -> Request:
 
     count, gpu = parse_gpus(given.get("gpus", "H100-80GB"))
     figures = {field: given[name] for name, field in _GPU_FIELDS.items() if name in given}
-    if "gpu_memory_gb" in given:
-        figures["memory"] = int(given["gpu_memory_gb"] * 2**30)
+    for name, field in _GIB_FIELDS.items():
+        if name in given:
+            figures[field] = int(given[name] * 2**30)
     names = {field.name for field in dataclasses.fields(Request)}
     values = {name: value for name, value in given.items() if name in names}
     if "adapter" in values:

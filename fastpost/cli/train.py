@@ -78,6 +78,9 @@ class RunFields:
         default="all-linear", metadata={"help": "Layers that get an adapter"}
     )
     use_dora: bool = _doc("Train the magnitude of each weight row too (DoRA)", default=False)
+    load_in_4bit: bool = _doc(
+        "Keep the model's weights in 4 bits (NF4) below an adapter (QLoRA)", default=False
+    )
 
     def lora_config(self, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
         """The PEFT configuration these fields ask for; None trains all weights."""
@@ -185,7 +188,7 @@ def run(
     if job is None:
         return 0
     trainer = trainer_class(
-        model=job.fields.model,
+        model=_model(job, task_type),
         args=job.config,
         train_dataset=job.train_data,
         eval_dataset=job.eval_data,
@@ -193,6 +196,28 @@ def run(
         **more(job),
     )
     return train_and_save(trainer, command.name)
+
+
+def _model(job: Job, task_type: str) -> Any:
+    """What the trainer takes as its model: the name, or the model where it is kept in 4 bits."""
+    fields, config = job.fields, job.config
+    if not fields.load_in_4bit:
+        return fields.model
+    if task_type != "CAUSAL_LM":
+        raise UsageError("load_in_4bit: a reward model is not loaded in 4 bits; leave it out")
+    import torch  # heavy
+
+    from fastpost.adapters.load_nf4 import load_nf4
+
+    options = config.model_init_kwargs
+    dtype = torch.bfloat16 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
+    others = sorted(set(options) - {"dtype"})
+    if others:
+        raise UsageError(f"model_init_kwargs: load_in_4bit takes dtype only, got {others}")
+    config.model_init_kwargs = None
+    # FSDP2 shards what has a floating-point dtype
+    storage = torch.bfloat16 if config.fsdp else torch.uint8
+    return load_nf4(fields.model, dtype=dtype, storage=storage)
 
 
 def train_and_save(trainer: Trainer, label: str) -> int:
@@ -278,6 +303,8 @@ def _check_run(fields: RunFields, recipe: Recipe) -> None:
     idle = [f.name for f in adapter if getattr(fields, f.name) != default_of(f)]
     if idle and fields.lora_r is None:
         raise UsageError(f"{', '.join(idle)} given without lora_r, the rank that switches LoRA on")
+    if fields.load_in_4bit and fields.lora_r is None:
+        raise UsageError("load_in_4bit keeps weights that cannot be trained: give lora_r too")
     if fields.lora_r is not None and fields.lora_r < 1:
         raise UsageError(f"lora_r: expected 1 or more, got {fields.lora_r}")
     if not 0 <= fields.lora_dropout < 1:

@@ -7,7 +7,8 @@ to another process, which parses it, and rows that nobody changes are written ba
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -201,6 +202,11 @@ def _of_objects(name: str, rows: Sequence[Any], size: int) -> Iterator[Batch]:
 def load_table(source: Any, split: str = "train") -> Any:
     """A source as a `datasets.Dataset`, mapped from disk.
 
+    Args:
+        source: as for `read_batches`, but a list of rows.
+        split: in the notation of `datasets` ("train", "test[:10%]"); a file and a saved single data
+            set have no splits of their own: any name stands for the whole.
+
     Raises:
         DataError: it cannot be loaded, or has no such split.
     """
@@ -215,23 +221,49 @@ def load_table(source: Any, split: str = "train") -> Any:
                 path.suffix.lower()
             )
             if builder:
-                return load_dataset(builder, data_files=str(path), split="train")
+                return load_dataset(builder, data_files={_name(split): str(path)}, split=split)
             is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-            if is_saved:
-                source = load_from_disk(str(path))
-            else:
+            if not is_saved:
                 return load_dataset(str(path) if path.is_dir() else str(source), split=split)
-    except (DatasetsError, OSError, ValueError) as error:
+            source = load_from_disk(str(path))
+        if isinstance(source, DatasetDict):
+            return _part(source, split)
+        if isinstance(source, Dataset):
+            return source if split == _name(split) else _part({_name(split): source}, split)
+    except (DatasetsError, OSError, ValueError, AssertionError) as error:
         if isinstance(error, DataError):
             raise
         cause = error.__cause__ or error
         raise DataError(f"{name_of(source)} ({split}) cannot be loaded: {cause}") from error
-    if isinstance(source, DatasetDict):
-        if split not in source:
-            raise DataError(f"there is no split {split!r}, the data set has {list(source)}")
-        source = source[split]
-    if not isinstance(source, Dataset):
-        raise DataError(
-            f"expected a file, a name, a datasets.Dataset or a list of rows, got {name_of(source)}"
+    raise DataError(
+        f"expected a file, a name, a datasets.Dataset or a list of rows, got {name_of(source)}"
+    )
+
+
+def _name(split: str) -> str:
+    """The name in a split's notation, such as "train" in "train[:10%]"."""
+    return re.split(r"[^\w.-]", split, maxsplit=1)[0]
+
+
+def _part(tables: Mapping[str, Any], split: str) -> Any:
+    """What `split` names among data sets that are loaded already.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    from datasets import ReadInstruction, concatenate_datasets  # heavy
+
+    if split in tables:
+        return tables[split]
+    lengths = {name: len(table) for name, table in tables.items()}
+    try:
+        ranges = ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (KeyError, ValueError) as error:
+        raise DataError(f"there is no split {split!r}, the data set has {list(tables)}") from error
+    parts = [
+        tables[r.splitname].select(
+            range(r.from_ or 0, lengths[r.splitname] if r.to is None else r.to)
         )
-    return source
+        for r in ranges
+    ]
+    return concatenate_datasets(parts)

@@ -3,3 +3,8 @@
 The real model, engine, adapters, checkpointing, sharding and optimizer run on tensors without
 memory; what they would allocate is counted. See `docs/planning.md`.
 """
+
+from fastpost.planning.planner import Plan, plan
+from fastpost.planning.request import Adapter, Request, parse_gpus
+
+__all__ = ["Adapter", "Plan", "Request", "parse_gpus", "plan"]

@@ -24,7 +24,7 @@ FEWER, MORE = 4, 5
 Key = TypeVar("Key")
 
 
-def trace_composed(request: Request, config: Any = None) -> Traced:
+def trace_composed(request: Request, config: Any = None, *, on_gpu: bool = True) -> Traced:
     """As `trace`, from models of 4 and 5 layers where all layers are equal and more than 6.
 
     Raises:
@@ -32,9 +32,9 @@ def trace_composed(request: Request, config: Any = None) -> Traced:
     """
     config = load_config(request.model) if config is None else config
     if config.num_hidden_layers <= MORE + 1 or not _has_equal_layers(config):
-        return trace(request, config)
-    few = trace(request, with_layers(config, FEWER))
-    more = trace(request, with_layers(config, MORE))
+        return trace(request, config, on_gpu=on_gpu)
+    few = trace(request, with_layers(config, FEWER), on_gpu=on_gpu)
+    more = trace(request, with_layers(config, MORE), on_gpu=on_gpu)
     extra = config.num_hidden_layers - FEWER
 
     def number(name: str) -> int:
@@ -52,6 +52,8 @@ def trace_composed(request: Request, config: Any = None) -> Traced:
         at_rest=_extrapolated(few.at_rest, more.at_rest, extra),
         flops=_extrapolated(few.flops, more.flops, extra),
         gathered=_extrapolated(few.gathered, more.gathered, extra),
+        sampled=_extrapolated(few.sampled, more.sampled, extra),
+        host_bytes=number("host_bytes"),
         num_parameters=number("num_parameters"),
         num_trained=number("num_trained"),
         trained_bytes=number("trained_bytes"),

@@ -20,6 +20,9 @@ HEAD_WORKSPACE = "head workspace"
 KERNEL_WORKSPACE = "kernel workspace"
 REFERENCE = "reference"
 COMMUNICATION = "all-gather buffers"
+ROLLOUT_COPY = "rollout copy"
+ROLLOUT_CACHE = "rollout cache"
+HOST = "host memory"  # not of the GPU: in no sum
 
 CATEGORIES = (
     PARAMETERS,
@@ -31,6 +34,8 @@ CATEGORIES = (
     KERNEL_WORKSPACE,
     REFERENCE,
     COMMUNICATION,
+    ROLLOUT_COPY,
+    ROLLOUT_CACHE,
 )
 
 
@@ -95,7 +100,7 @@ class Ledger:
         return len(self._entries)
 
     def held(self) -> dict[str, int]:
-        """Category -> living bytes at the end."""
+        """Category -> living bytes at the end, of the GPU."""
         found: Counter[str] = Counter()
         for category, size in zip(self._category, self._bytes, strict=True):
             found[category] += size
@@ -104,7 +109,9 @@ class Ledger:
     def peaks(self, since: int = 0) -> dict[tuple[str, str], Peak]:
         """(phase, region) -> its peak, from entry `since` on."""
         total, highest = 0, dict[tuple[str, str], tuple[int, int]]()
-        for i, (_, change, moment) in enumerate(self._entries):
+        for i, (account, change, moment) in enumerate(self._entries):
+            if self._category[account] == HOST:
+                continue
             total += change
             window = moment[:2]
             if i >= since and total > highest.get(window, (-1, 0))[0]:
@@ -117,6 +124,15 @@ class Ledger:
             if i in windows:
                 found[windows[i]] = Peak(_ordered(held), moment)
         return found
+
+    def most(self, category: str) -> int:
+        """Most living bytes of one category at any time."""
+        total = most = 0
+        for account, change, _ in self._entries:
+            if self._category[account] == category:
+                total += change
+                most = max(most, total)
+        return most
 
 
 def _ordered(held: Counter[str]) -> dict[str, int]:

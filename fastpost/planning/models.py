@@ -7,13 +7,19 @@ or left off an id.
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 
 __all__ = ["bundled_models", "load_config", "make_model"]
 
@@ -59,10 +65,22 @@ def load_config(model: str) -> PreTrainedConfig:
     return config
 
 
-def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The model of transformers, to be called where tensors have no memory."""
+def make_model(
+    config: PreTrainedConfig, dtype: torch.dtype, *, is_reward: bool = False
+) -> nn.Module:
+    """The model of transformers, to be called where tensors have no memory.
+
+    Args:
+        config: its configuration.
+        dtype: of its weights.
+        is_reward: one number a row in place of a head over the vocabulary.
+    """
+    config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if not is_reward:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config.num_labels, config.pad_token_id = 1, 0
+    return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
 
 
 def _bundled(model: str) -> str:

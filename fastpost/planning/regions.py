@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpost.planning.sharding import decoder_layers
 from fastpost.planning.tracer import Tracer
+from fastpost.sharding import decoder_layers
 
 __all__ = ["follow_layers"]
 

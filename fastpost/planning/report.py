@@ -22,10 +22,13 @@ def settings(traced: Traced) -> str:
         f"{request.num_gpus} x {request.gpu.name}",
         f"{request.rows} x {request.seq:,} tokens a GPU",
         f"adapter {request.adapter}" if request.adapter else "all weights",
-        request.optimizer,
+        request.optimizer + (" in the backward" if request.optimizer_in_backward else ""),
         f"precision {request.precision}",
-        "checkpointing" if request.checkpointing else "no checkpointing",
+        ("checkpointing" if request.checkpointing else "no checkpointing")
+        + (", offloaded" if request.offload else ""),
     ]
+    if request.samples:
+        parts.append(f"rollouts from {request.rollout_dtype or 'the model'}")
     return ", ".join(parts)
 
 
@@ -60,9 +63,20 @@ def describe(traced: Traced, predicted: Prediction, assumptions: Assumptions) ->
     rest = ", ".join(
         f"{name} {traced.at_rest[name] / GIB:.2f}" for name in shown if name in traced.at_rest
     )
+    lines.append(f"  between steps (GiB): {rest}")
+    if traced.host_bytes:
+        host = traced.host_bytes * request.num_gpus / GIB
+        lines.append(
+            f"  pinned host memory: {traced.host_bytes / GIB:.1f} GiB per GPU, {host:.1f} in all"
+        )
+    if traced.sampled:
+        lines.append(
+            f"  a rollout: {request.rows * request.accumulation} completions per GPU at once, keys "
+            f"and values {traced.sampled['cache_bytes'] / GIB:.2f} GiB"
+        )
     lines += [
-        f"  between steps (GiB): {rest}",
-        f"  checkpoint on disk: {checkpoint_bytes(traced) / GIB:.1f} GiB each",
+        f"  checkpoint on disk: {checkpoint_bytes(traced) / GIB:.1f} GiB each "
+        f"(weights {traced.trained_bytes / GIB:.1f})",
         "",
         f"Traced: {traced.total_flops * request.accumulation / 1e12:,.1f} TFLOP per GPU and step"
         f" ({request.accumulation} batches)",
@@ -71,6 +85,10 @@ def describe(traced: Traced, predicted: Prediction, assumptions: Assumptions) ->
         f"  a batch: computing {predicted.compute:.3f} s, communicating {predicted.network:.3f} s;"
         f" optimizer {predicted.weights:.3f} s",
     ]
+    if predicted.host:
+        lines.append(f"  offloading {predicted.host:.3f} s a batch")
+    if predicted.sampling:
+        lines.append(f"  sampling {predicted.sampling:.2f} s a step, rewards apart")
     if predicted.gpu_hours is not None and predicted.dollars is not None:
         lines.append(
             f"  predicted for these tokens: {predicted.gpu_hours / request.num_gpus:,.1f} hours,"
@@ -81,7 +99,8 @@ def describe(traced: Traced, predicted: Prediction, assumptions: Assumptions) ->
         f"{gpu.tflops:g} TFLOP/s x {assumptions.reached:g}, memory {gpu.bandwidth:g} GB/s,",
         f"    link {gpu.link:g} GB/s x {assumptions.link_reached:g}, overlap "
         f"{assumptions.overlap:g}, ${gpu.price:g} per GPU hour, "
-        f"{gpu.reserve / GIB:g} GiB not for tensors",
+        f"{gpu.reserve / GIB:g} GiB of {gpu.memory / GIB:g} not for tensors,",
+        f"    host link {assumptions.host_link:g} GB/s",
     ]
     lines += [f"  fell back {count}x: {why}" for why, count in traced.fallbacks.items()]
     lines.append(f"Traced in {traced.seconds:.1f} s; all figures are predictions.")
@@ -98,6 +117,8 @@ def as_dict(traced: Traced, predicted: Prediction, assumptions: Assumptions) -> 
         "predicted_peak": {"moment": str(traced.peak.moment), "held": traced.peak.held},
         "headroom_bytes": traced.headroom,
         "at_rest_bytes": traced.at_rest,
+        "host_bytes": traced.host_bytes,
+        "rollout": traced.sampled,
         "checkpoint_bytes": checkpoint_bytes(traced),
         "parameters": traced.num_parameters,
         "trained_parameters": traced.num_trained,

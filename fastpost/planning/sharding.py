@@ -1,19 +1,20 @@
 """FSDP2 over a process group that moves nothing: this process is one of as many as are planned.
 
-Each decoder layer is a unit, the rest (embedding, head, last norm) the root's. Weights are gathered
-in bf16, gradients reduced in fp32; frozen weights have no gradient to reduce.
+Units as accelerate and `fastpost.sharding` make them: each decoder layer, the embedding, the last
+norm with the head (which stay gathered from forward to backward), the rest. A reference has its
+layers and the rest. Weights are gathered in bf16, gradients reduced in fp32; frozen weights have no
+gradient to reduce.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -23,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastpost.planning.ledger import COMMUNICATION
 from fastpost.planning.tracer import Tracer
+from fastpost.sharding import decoder_layers, settle_gradients
 
 __all__ = ["communication_named", "decoder_layers", "pretended_processes", "shard"]
 
@@ -48,27 +50,41 @@ def pretended_processes(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The repeated blocks of a causal language model, PEFT's wrapper or not.
-
-    Raises:
-        ValueError: the model has no list of layers.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = getattr(base.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(base).__name__} has no list of decoder layers to shard")
-    return list(layers)
-
-
-def shard(model: Any, count: int) -> None:
-    """Spread a model over `count` pretended processes, layer by layer."""
+def shard(
+    model: Any,
+    count: int,
+    dtype: torch.dtype | None = torch.bfloat16,
+    *,
+    is_reference: bool = False,
+) -> None:
+    """Spread a model over `count` pretended processes, layer by layer; gathered in `dtype`."""
     with unset_fake_temporarily():
         mesh = init_device_mesh("cpu", (count,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+    def unit(modules: Any, **options: Any) -> None:
+        fully_shard(modules, mesh=mesh, mp_policy=policy, **options)
+
     for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        unit(layer)
+    if not is_reference:
+        _shard_ends(model, unit)
+    unit(model)
+    settle_gradients(model)
+
+
+def _shard_ends(model: Any, unit: Callable[..., None]) -> None:
+    """Embedding and head, as `accelerate.utils.fsdp_utils.fsdp2_prepare_model` does it."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and embedding.weight is head.weight
+    if not is_tied:
+        unit(embedding)
+    inner = getattr(model, model.base_model_prefix, None)
+    norms = [m for _, m in inner.named_children() if "Norm" in type(m).__name__] if inner else []
+    tail = [*norms[-1:], *([embedding] if is_tied else []), head]
+    tail = [module for module in tail if module is not None]
+    if tail:
+        unit(tail, reshard_after_forward=False)
 
 
 @contextmanager

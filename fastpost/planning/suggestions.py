@@ -35,13 +35,14 @@ def changes_that_fit(request: Request, trace: Tracer, most: int = 3) -> list[tup
 
 
 def fastest_that_fits(request: Request, trace: Tracer, assumptions: Assumptions) -> Traced | None:
-    """Of rows at once, checkpointing and optimizer the predicted fastest that fits; None if none.
+    """Of rows at once, checkpointing, offloading and optimizer the predicted fastest that fits.
 
-    Model, method, GPUs, adapter, precision and length stay as they are.
+    Model, method, GPUs, adapter, precision and length stay as they are. None if nothing fits.
     """
     best: tuple[float, Traced] | None = None
-    for optimizer, checkpointing in product(
-        dict.fromkeys((request.optimizer, "adamw_8bit")), (False, True)
+    kept = ((False, False), (True, False), (True, True))  # checkpointing, offload
+    for optimizer, (checkpointing, offload) in product(
+        dict.fromkeys((request.optimizer, "adamw_8bit")), kept
     ):
         rows = 1
         while rows <= 64:
@@ -50,6 +51,7 @@ def fastest_that_fits(request: Request, trace: Tracer, assumptions: Assumptions)
                 rows=rows,
                 optimizer=optimizer,
                 checkpointing=checkpointing,
+                offload=offload,
                 tokens_per_step=None,
             )
             at_once = changed.num_gpus * changed.row_tokens
@@ -57,6 +59,9 @@ def fastest_that_fits(request: Request, trace: Tracer, assumptions: Assumptions)
                 if request.tokens_per_step % at_once:
                     break
                 changed = replace(changed, tokens_per_step=request.tokens_per_step)
+            if request.samples and rows * request.num_gpus * changed.accumulation % request.group:
+                rows *= 2
+                continue
             traced = trace(changed)
             if traced.headroom < 0:
                 break
@@ -82,22 +87,34 @@ def _changes(request: Request) -> Iterator[tuple[str, Request]]:
     if request.adapter is None:
         for kind in ("lora", "qlora"):
             adapter = Adapter(kind, _RANK)
-            yield f"--adapter {adapter}", replace(joined, adapter=adapter, precision="mixed")
+            changed = replace(joined, optimizer_in_backward=False, precision="mixed")
+            yield f"--adapter {adapter}", _with_adapter(changed, adapter)
     elif request.adapter.kind != "qlora":
         adapter = Adapter("qlora", request.adapter.rank)
-        yield f"--adapter {adapter}", replace(joined, adapter=adapter)
+        yield f"--adapter {adapter}", _with_adapter(joined, adapter)
     for times in (2, 4, 8):
         count = times * request.num_gpus
         more = replace(request, num_gpus=count, tokens_per_step=None)
         yield f"--gpus {count}x{request.gpu.name}", more
 
 
+def _with_adapter(request: Request, adapter: Adapter) -> Request:
+    """A model in 4 bits is sampled from itself: a copy of it would be of 16 bits."""
+    copied = None if adapter.kind == "qlora" else request.rollout_dtype
+    return replace(request, adapter=adapter, rollout_dtype=copied)
+
+
 def _cheap(request: Request) -> Iterator[tuple[str, Request]]:
     """Changes that train the same weights on the same data."""
     if not request.checkpointing:
         yield "--checkpointing true", replace(request, checkpointing=True)
-    if request.rows > 1 and request.method != "grpo":
+    if request.checkpointing and not request.offload:
+        yield "--offload true", replace(request, offload=True)
+    if request.rows > 1 and not request.samples:
         yield "--rows 1", replace(request, rows=1)
+    if request.accumulation == 1 and not request.optimizer_in_backward and not request.adapter:
+        words = "--optimizer-in-backward true"
+        yield words, replace(request, optimizer_in_backward=True)
     if request.optimizer != "adamw_8bit":
         yield "--optimizer adamw_8bit", replace(request, optimizer="adamw_8bit")
     if request.precision == "mixed" and request.adapter is None:

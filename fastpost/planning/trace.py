@@ -1,7 +1,8 @@
 """Traces two optimizer steps of a configuration and says what they took.
 
 The first step makes the optimizer's states, the second is like all that follow. With gradient
-accumulation each step has two batches: the second one meets the gradients of the first.
+accumulation each step has two batches: the second one meets the gradients of the first. Gradients
+are clipped by their norm, as trainers do unless told otherwise.
 """
 
 from __future__ import annotations
@@ -10,26 +11,30 @@ import time
 import warnings
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastpost.adapters.nf4_layer import Nf4Linear
+from fastpost.optimizer_in_backward import BackwardSteps
 from fastpost.planning.batches import worst_batch
-from fastpost.planning.ledger import GRADIENTS, OPTIMIZER, Peak
+from fastpost.planning.host_memory import host_states_named
+from fastpost.planning.ledger import GRADIENTS, HOST, OPTIMIZER, Peak
 from fastpost.planning.methods import Objective, make_objective
 from fastpost.planning.models import load_config
 from fastpost.planning.optimizers import make_optimizer
 from fastpost.planning.regions import follow_layers
 from fastpost.planning.request import Request
+from fastpost.planning.rollouts import Rollouts
 from fastpost.planning.sharding import communication_named, pretended_processes
 from fastpost.planning.subject import make_policy
 from fastpost.planning.tracer import Tracer
 
 __all__ = ["Traced", "trace"]
+
+_MAX_NORM = 1.0  # `max_grad_norm` of transformers; its value costs nothing
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Traced:
         tokens: computed by this GPU in one batch, without padding and repeated prefixes.
         fallbacks: reason -> times the engine left its fast path.
         seconds: what tracing took.
+        sampled: of a rollout, see `rollouts.Rollouts.figures`; empty for other methods.
+        host_bytes: of pinned host memory, where hidden states are offloaded.
     """
 
     request: Request
@@ -63,6 +70,8 @@ class Traced:
     tokens: int
     fallbacks: dict[str, int]
     seconds: float
+    sampled: dict[str, int] = field(default_factory=dict)
+    host_bytes: int = 0
 
     @property
     def peak(self) -> Peak:
@@ -102,11 +111,14 @@ def trace(request: Request, config: Any = None, *, on_gpu: bool = True) -> Trace
         stack.enter_context(pretended_processes(request.num_gpus))
         stack.enter_context(tracer.tracing())
         stack.enter_context(communication_named(tracer))
+        if on_gpu:
+            stack.enter_context(host_states_named(tracer))
         model, engine = make_policy(request, config, tracer, on_gpu)
         follow_layers(model, tracer)
         try:
-            objective = make_objective(request, config, model, engine, tracer)
-            return _steps(request, config, model, engine, objective, tracer, began)
+            objective = make_objective(request, config, model, engine, tracer, on_gpu)
+            rollouts = Rollouts(request, config, model, tracer) if request.samples else None
+            return _steps(request, config, model, engine, objective, rollouts, tracer, began)
         finally:
             engine.remove()
 
@@ -127,6 +139,7 @@ def _steps(
     model: Any,
     engine: Any,
     objective: Objective,
+    rollouts: Rollouts | None,
     tracer: Tracer,
     began: float,
 ) -> Traced:
@@ -134,21 +147,25 @@ def _steps(
         batch = worst_batch(request, config.get_text_config().vocab_size)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(request.optimizer, trained)
+    update = _Update(request, model, trained, optimizer, tracer)
     start = tracer.ledger.now()
     flops: Counter[str] = Counter()
     gathered: Counter[str] = Counter()
     for step in ("first step", "second step"):
+        if rollouts is not None:
+            rollouts.sample(step)
         for _ in range(min(request.accumulation, 2)):
             tracer.flops.clear()
             tracer.collectives.clear()
-            _batch(request, objective, batch, step, tracer)
-            for parameter in trained:
-                if parameter.grad is not None:
-                    tracer.name(parameter.grad, GRADIENTS)
+            with tracer.during(f"{step}, forward"):
+                loss = objective(batch)
+            with tracer.during(f"{step}, backward"):
+                update.begin()
+                loss.backward()
+            del loss
+            update.name_gradients()
             flops, gathered = Counter(tracer.flops), Counter(tracer.collectives)
-        with tracer.during(f"{step}, optimizer", OPTIMIZER):
-            optimizer.step()
-        optimizer.zero_grad()
+        update.finish(step)
     every = list(model.parameters())
     return Traced(
         request=request,
@@ -156,6 +173,8 @@ def _steps(
         at_rest=tracer.ledger.held(),
         flops=dict(flops),
         gathered=dict(gathered),
+        sampled={} if rollouts is None else rollouts.figures,
+        host_bytes=tracer.ledger.most(HOST),
         num_parameters=_count(model, trained_only=False),
         num_trained=_count(model, trained_only=True),
         trained_bytes=sum(p.numel() * p.itemsize for p in trained),
@@ -166,15 +185,43 @@ def _steps(
     )
 
 
-def _batch(
-    request: Request, objective: Objective, batch: dict[str, Tensor], step: str, tracer: Tracer
-) -> None:
-    """Forward and backward of one batch."""
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=request.precision == "mixed")
-    with tracer.during(f"{step}, forward"), autocast:
-        loss = objective(batch)
-    with tracer.during(f"{step}, backward"):
-        loss.backward()
+class _Update:
+    """The end of a step: clipping and the optimizer, or the optimizer within the backward."""
+
+    def __init__(
+        self, request: Request, model: Any, trained: list[Any], optimizer: Any, tracer: Tracer
+    ) -> None:
+        self._trained, self._optimizer, self._tracer = trained, optimizer, tracer
+        self._hooks: BackwardSteps | None = None
+        if request.optimizer_in_backward:
+            step = optimizer.step
+
+            def named_step() -> None:
+                self.name_gradients()
+                with tracer.during("", OPTIMIZER):
+                    step()
+
+            optimizer.step = named_step
+            self._hooks = BackwardSteps(model, optimizer)
+
+    def begin(self) -> None:
+        """Before a backward."""
+        if self._hooks is not None:
+            self._hooks.begin()
+
+    def name_gradients(self) -> None:
+        """Say of the gradients there are what they are."""
+        for parameter in self._trained:
+            if parameter.grad is not None:
+                self._tracer.name(parameter.grad, GRADIENTS)
+
+    def finish(self, step: str) -> None:
+        """After the last backward of a step."""
+        with self._tracer.during(f"{step}, optimizer", OPTIMIZER):
+            if self._hooks is None:
+                torch.nn.utils.clip_grad_norm_(self._trained, _MAX_NORM)
+            self._optimizer.step()
+        self._optimizer.zero_grad()
 
 
 def _count(model: Any, trained_only: bool) -> int:

@@ -27,12 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from fastpost import adapted_layers, layers
+from fastpost import adapted_layers, layers, offloaded_states, pooling
 from fastpost.planning.kept_logits import kept_logits_bytes
 from fastpost.planning.ledger import (
     ACTIVATIONS,
     HEAD_WORKSPACE,
+    HOST,
     KERNEL_WORKSPACE,
+    OPTIMIZER,
     Ledger,
     Moment,
 )
@@ -95,8 +97,10 @@ class Tracer(TorchDispatchMode):
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", followed))
             # The engine tells plain tensors by their class.
-            for module in (adapted_layers, layers):
+            for module in (adapted_layers, layers, offloaded_states):
                 stack.enter_context(mock.patch.object(module, "type", _plain_type, create=True))
+            places = mock.patch.object(pooling, "pooled_places", _really(pooling.pooled_places))
+            stack.enter_context(places)
             # The mode refers to fake parameters weakly, which forbids `module.to(dtype)`.
             no_references = SimpleNamespace(getweakrefs=lambda _: ())
             stack.enter_context(mock.patch.object(torch.utils, "weakref", no_references))
@@ -144,8 +148,11 @@ class Tracer(TorchDispatchMode):
         if given and not any(isinstance(t, FakeTensor) for t in given):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return False  # only ever whether something went wrong with the values
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if args[0].dtype == torch.bool:
+                return False  # only ever whether something went wrong with the values
+            if self._category == OPTIMIZER:
+                return 1.0  # the number of the step
         if self.backend is None and func.overloadpacket in _ATTENTION_OPS:
             return self._attention(func, args)
         result = func(*args, **kwargs)
@@ -186,7 +193,10 @@ class Tracer(TorchDispatchMode):
         known = self._accounts.get(key)
         if known is not None:
             return known[0]
-        account = self.ledger.open(storage.nbytes(), self._category, moment or self._now())
+        size = storage.nbytes()
+        if self._category == HOST:  # PyTorch's allocator of pinned memory rounds up
+            size = 1 << (size - 1).bit_length()
+        account = self.ledger.open(size, self._category, moment or self._now())
 
         def close(_: Any) -> None:
             self._accounts.pop(key, None)
@@ -236,6 +246,16 @@ class Tracer(TorchDispatchMode):
             self.backend if name == "backend" else value
             for name, value in zip(names, args, strict=False)
         )
+
+
+def _really(function: Any) -> Any:
+    """Of real tensors only: what it makes beside them is real too."""
+
+    def run(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return run
 
 
 def _plain_type(thing: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from fastpost.guards.options import refuse_options
+from fastpost.optimizer_in_backward import refuse_fields
 
 
 @dataclass
@@ -22,6 +23,12 @@ class EngineConfig:
         lora_plus_ratio: learning rate of LoRA's matrices B over that of everything else (LoRA+).
         optimizer: "adamw_8bit" is AdamW with 8-bit states and, for bf16 weights, stochastic
             rounding (`fastpost_kernels.AdamW8bit`); None takes `optim`.
+        optimizer_in_backward: update each layer as soon as its gradients are there, and free them
+            (`fastpost.optimizer_in_backward`).
+        mlp_tile_tokens: compute MLPs, and norms without a fused kernel, so many tokens at a time
+            (`fastpost.tiled_mlp`). None: all at once.
+        trial_step: before training, one real step on the worst batch, taken back bit for bit:
+            predicted and measured peak memory are logged (`fastpost.trainers.trial_step`).
     """
 
     prefix_sharing: bool = field(
@@ -42,6 +49,18 @@ class EngineConfig:
     optimizer: str | None = field(
         default=None,
         metadata={"help": "'adamw_8bit': 8-bit states, stochastic rounding. None: optim's."},
+    )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata={"help": "Update each layer in the backward, and free its gradients at once."},
+    )
+    mlp_tile_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of an MLP computed at a time, for long rows. None: all."},
+    )
+    trial_step: bool = field(
+        default=False,
+        metadata={"help": "Before training, measure the memory of a step on the worst batch."},
     )
 
 
@@ -70,6 +89,7 @@ def refuse_unsupported(args: Any) -> None:
     if args.memory_budget_gb is not None and not args.memory_budget_gb > 0:
         raise ValueError(f"memory_budget_gb must be positive, got {args.memory_budget_gb}")
     _refuse_optimizers(args)
+    refuse_fields(args)
     if args.deepspeed is not None:
         raise ValueError(
             "deepspeed is not supported: its partitioned parameters cannot be read by the fused "

@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from warnings import warn
 
 import torch
@@ -34,29 +34,25 @@ from transformers.trainer_utils import SaveStrategy
 
 from fastpost.adapters.first_backward import tensors_without_gradient
 from fastpost.adapters.lora_plus import require_lora_b, split_groups
-from fastpost.adapters.saved import check_saved_adapter
 from fastpost.backbone import FastpostWarning, PackedBackbone
 from fastpost.checkpointed_layers import keep_layer_options
 from fastpost.checkpoints import (
     SAVING,
     last_complete_checkpoint,
-    publish,
     publish_files,
-    read_state,
     recover,
-    rotate,
+    remove_if_empty,
     write_state,
 )
 from fastpost.guards.reference import fingerprint
 from fastpost.guards.template import check_fingerprint, save_fingerprint
+from fastpost.optimizer_in_backward import BackwardSteps, refuse_surroundings
 from fastpost.references import ReferenceConfig, describe_reference
 from fastpost.run_manifest import describe_run, differences, read_manifest, write_manifest
+from fastpost.sharding import check_sharding, keep_precision, settle_gradients
+from fastpost.tiled_mlp import tile
+from fastpost.trainers.sharded_checkpoints import ShardedCheckpoints
 from fastpost_kernels import AdamW8bit
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object  # the trainer of the method, by the order of inheritance
 
 logger = logging.getLogger("fastpost")
 
@@ -72,7 +68,7 @@ _HELD_BETWEEN_STEPS = (
 )
 
 
-class EngineTrainer(_Trainer):
+class EngineTrainer(ShardedCheckpoints):
     """Mixed in before a `transformers.Trainer` of one method.
 
     Attributes:
@@ -86,18 +82,24 @@ class EngineTrainer(_Trainer):
 
     _is_first_step = True
     _lora_plus_groups: Sequence[int] = ()
-    _staging: str | None = None
+    _backward_steps: BackwardSteps | None = None
     _manifest: dict[str, Any] | None = None
     _resumed_from: str | None = None
     _resumed_epoch_start: dict[str, Any] | None = None
     _epoch_start: dict[str, Any]
     _train_sampler: Any = None
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; where it shards, nothing is rounded that need not be."""
+        super().create_accelerator_and_postprocess()
+        keep_precision(self.accelerator)
+
     def _take_engines(self, engines: Sequence[PackedBackbone]) -> None:
         """Keep what the seam installed: the policy's engine, then the reference's."""
         self.engine = engines[0]
         self.ref_engine = engines[1] if len(engines) > 1 else None
         logger.info(self.engine.report())
+        check_sharding(self)
         if isinstance(self.args, ReferenceConfig):
             logger.warning("reference: %s", describe_reference(self))
         keep_layer_options(self.model, self.args.activation_checkpointing_kwargs)
@@ -105,6 +107,16 @@ class EngineTrainer(_Trainer):
         check_fingerprint(self.model, self.processing_class)
         if self.args.lora_plus_ratio is not None:
             require_lora_b(self.model, self.args.lora_plus_ratio)
+        if self.args.optimizer_in_backward:
+            refuse_surroundings(self)
+        if self.args.mlp_tile_tokens is not None:
+            for engine in engines:
+                tile(engine.model, self.args.mlp_tile_tokens)
+        if self.args.trial_step:
+            from fastpost.trainers.trial_step import TrialStep, refuse_trial  # heavy
+
+            refuse_trial(self)
+            self.add_callback(TrialStep(self, logger))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer; with `lora_plus_ratio` its matrices B have groups of their own.
@@ -141,10 +153,17 @@ class EngineTrainer(_Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step; after the first one an adapter's tensors without a gradient are named."""
+        if self.args.optimizer_in_backward:
+            self._begin_backward_step()
         loss = super().training_step(*args, **kwargs)
         # half precision begins with a loss scale that may overflow; the scaler lowers it
         if self._is_first_step and isinstance(self.model, PeftModel) and not self.args.fp16:
-            left_out = tensors_without_gradient(self.model)
+            steps = self._backward_steps
+            left_out = (
+                tensors_without_gradient(self.model)
+                if steps is None
+                else steps.tensors_without_gradient()
+            )
             if left_out:
                 named = ", ".join(left_out[:8]) + ", ..." * (len(left_out) > 8)
                 warn(
@@ -156,6 +175,19 @@ class EngineTrainer(_Trainer):
                 )
         self._is_first_step = False
         return loss
+
+    def _begin_backward_step(self) -> None:
+        if self._backward_steps is None:
+            # Not earlier: hooks of callbacks must see the gradients before these free them.
+            refuse_surroundings(self)
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+            self._backward_steps = BackwardSteps(self.model, optimizer)
+        self._backward_steps.begin()
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self._backward_steps is not None:
+            return self._backward_steps.gradient_norm()
+        return super()._get_grad_norm(model, grad_norm)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; beside the learning rate that of LoRA+'s matrices B."""
@@ -189,10 +221,17 @@ class EngineTrainer(_Trainer):
         self._manifest = None
         if checkpoint is not None or self.args.save_strategy != SaveStrategy.NO:
             self._manifest = self._describe_run()
+            self._refuse_small_disk(run_folder)
         if checkpoint is not None:
             _check_manifest(checkpoint, self._manifest)
+            self._check_processes(checkpoint)
         self._resumed_from = checkpoint
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            if self._backward_steps is not None:
+                self._backward_steps.remove()
+                self._backward_steps = None
 
     def _describe_run(self) -> dict[str, Any]:
         reference = getattr(self, "_precompute_model_hash", None)
@@ -207,6 +246,7 @@ class EngineTrainer(_Trainer):
             reference=reference,
             adapters=getattr(self.model, "peft_config", None),
             rewards=getattr(self, "reward_func_names", None),
+            model=self.model,
         )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -224,7 +264,9 @@ class EngineTrainer(_Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._finish_saving()
         run_folder = super()._get_output_dir(trial)
+        self._refuse_full_disk(run_folder)
         name = f"checkpoint-{self.state.global_step}"
         self._staging = os.path.join(run_folder, SAVING)
         staged, final = os.path.join(self._staging, name), os.path.join(run_folder, name)
@@ -239,18 +281,13 @@ class EngineTrainer(_Trainer):
             best_folder = os.path.join(run_folder, f"checkpoint-{best}")
             if best == self.state.global_step or os.path.isdir(best_folder):
                 self.state.best_model_checkpoint = best_folder
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             # Once more: the best checkpoint may be this one, which had another name before.
             self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
             write_manifest(staged, self._manifest or self._describe_run())
-            publish(staged, final)
-        self.accelerator.wait_for_everyone()
+        self._publish(staged, final)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(final)
-        if self.args.should_save:
-            rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-            _remove_if_empty(os.path.join(run_folder, SAVING))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Uploads run on after this returns: they start once the checkpoint has its final name.
@@ -272,21 +309,15 @@ class EngineTrainer(_Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             publish_files(staged, folder)
-            _remove_if_empty(staged.parent)
+            remove_if_empty(staged.parent)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            check_saved_adapter(
-                output_dir or self.args.output_dir,
-                self.model,
-                # warm-up begins at a rate of zero
-                has_learnt=self.state.global_step
-                > 1 + self.args.get_warmup_steps(max(1, self.state.max_steps)),
-            )
+        if self.args.should_save:
+            self._check_saved(output_dir or self.args.output_dir)
         if self.args.should_save and self.processing_class is not None:
             save_fingerprint(output_dir or self.args.output_dir, self.processing_class)
 
@@ -332,7 +363,7 @@ class EngineTrainer(_Trainer):
     def _restore_from_checkpoint(self) -> None:
         if self._resumed_from is None:
             return
-        state = read_state(self._resumed_from, self.args.process_index)
+        state = self._read_own_state(self._resumed_from)
         if state is None:
             warn(
                 f"fastpost: {self._resumed_from} holds no state of ours for process "
@@ -369,6 +400,7 @@ class _GoOnExactly(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        settle_gradients(self._trainer.model_wrapped)
         self._trainer._restore_from_checkpoint()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -422,11 +454,6 @@ def _refill(holder: dict[str, Any], saved: dict[str, Any]) -> None:
             _refill(holder[name], value)
         else:
             holder[name] = value
-
-
-def _remove_if_empty(folder: str | Path) -> None:
-    if os.path.isdir(folder) and not os.listdir(folder):
-        os.rmdir(folder)
 
 
 __all__ = ["EngineTrainer"]

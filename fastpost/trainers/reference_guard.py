@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastpost.guards.reference import ReferenceUnchanged
 from fastpost.references import weighs_reference
+from fastpost.sharding import reshard
 
 
 class ReferenceGuard:
@@ -31,10 +32,12 @@ class ReferenceGuard:
         """Weights that make up the reference: its own, or the policy's frozen ones."""
         if self.ref_model is not None:
             if not getattr(self.args, "sync_ref_model", False):
+                reshard(self.ref_model)
                 yield from self.ref_model.named_parameters()
             return
         if getattr(self, "precompute_ref_logps", False) or not weighs_reference(self.args):
             return
+        reshard(self.model)
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 yield name, parameter

@@ -3,7 +3,8 @@
 TRL's trainers call `add_fused_lm_head(model, ...)`, a name of their own module, in the middle of
 their constructors: after the model is wrapped by PEFT, before the reference model is wrapped by
 accelerate and before reference log-probs are computed. Swapping that name while the constructor
-runs puts our forward at exactly that point, and rewrites nothing else.
+runs puts our forward at exactly that point, and rewrites nothing else. The reference model is
+sharded by layer at the same point, before TRL makes one unit of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from fastpost.scoring import Engine, accelerate_model
+from fastpost.sharding import shard_reference
 
 
 @contextmanager
@@ -43,6 +45,8 @@ def engine_at_seam(trl_module: ModuleType, args: Any) -> Iterator[list[Engine]]:
             cast_lm_head_to_fp32=cast_lm_head_to_fp32,
             outputs=outputs,
         )
+        if engines:
+            shard_reference(model, engines[0].model)
         engines.append(engine)
 
     stock = trl_module.add_fused_lm_head

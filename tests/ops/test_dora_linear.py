@@ -144,6 +144,28 @@ def test_norm(dtype: torch.dtype, size: float) -> None:
     torch.testing.assert_close(dora_weight_norm(weight, a, b, 2.0, kept), got)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("rank", [1, 16, 20, 64, 70])
+def test_norms_of_any_rank_on_every_backend(rank: int, dtype: torch.dtype) -> None:
+    """Under autocast too, which must not round them; rows that cancel are marked."""
+    weight, a, b = torch.randn(37, 96).to(dtype), torch.randn(rank, 96), torch.randn(37, rank) / 4
+    truth = reference.dora_weight_norm(weight.double(), a.double(), b.double(), 0.5)
+    rtol = {FP32: 1e-6, BF16: 2**-9}[dtype]
+    with torch.autocast("cpu", BF16):
+        torch.testing.assert_close(
+            dora_weight_norm(weight, a, b, 0.5).double(), truth, rtol=rtol, atol=0
+        )
+    cross, gram = weight @ a.to(dtype).t(), a @ a.t()
+    squares = weight.float().square().sum(1)
+    squares[5] = 2.0**-10  # of a row whose product with A is another's
+    cross[5] = -(b[5] @ gram).to(dtype) / 4
+    expected = passes.dora_norms(cross, b, gram, squares, 0.5, "torch")
+    assert (expected < 0).nonzero().tolist() == [[5]]
+    for level in (0, 1, 2):
+        got = passes.dora_norms(cross, b, gram, squares, 0.5, "cpp", level)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
 @pytest.mark.parametrize("left", [0.3, 0.1, 1e-2, 1e-3])
 def test_norm_where_the_adapter_takes_the_weight_away(dtype: torch.dtype, left: float) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from fastpost.rewards import rules
 from fastpost.rewards.rules import Rule, RulesReward
+from tests.judges.fake_judges import FakeModel, Judge
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,12 @@ def test_yaml_rules_equal_the_python_ones(tmp_path: Path) -> None:
         ("kind: cites", "expected a list"),
         ("- {kind: cites, weight: 0}", "weight is 0"),
         ("[]", "no rules"),
+        ("- {kind: judged}", r"rule 1 \(judged\).*statement"),
+        ("- {kind: judged, statement: ''}", "give a sentence"),
+        ("- {kind: judged, statement: It rhymes.}", "needs a judge"),
+        ("- {kind: cites}\n- {kind: cites}", "its own name"),
+        ("- {kind: cites, weight: much}", "weight is 'much'"),
+        ("- {kind: [", "is not YAML"),
     ],
 )
 def test_bad_yaml_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
@@ -63,3 +71,48 @@ def test_bad_yaml_is_refused_with_its_place(tmp_path: Path, text: str, complaint
     file.write_text(text)
     with pytest.raises(ValueError, match=complaint):
         RulesReward.from_yaml(file)
+
+
+def reader(name: str, says: tuple[bool, bool] | None) -> Judge:
+    """Holds two statements for true or not; None babbles about a hard answer."""
+
+    def speak(texts: dict[str, str], seed: int) -> str:
+        if says is None and texts["answer"] == "hard":
+            return "Well..."
+        first, second = says or (True, True)
+        return json.dumps({"1": first, "2": second})
+
+    return Judge(FakeModel(speak, name), attempts=1)
+
+
+def test_judged_rules_are_the_share_of_judges_that_agree(tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text(
+        "- {kind: judged, weight: 2, statement: It rhymes., name: rhyme}\n"
+        "- {kind: contains, weight: 1, phrases: [moon]}\n"
+        "- {kind: judged, weight: -0.5, statement: It lectures.}\n"
+    )
+    judges = [reader("a", (True, False)), reader("b", (True, False)), reader("c", (True, True))]
+    reward = RulesReward.from_yaml(file, judges)
+    # The third judge stands alone on the second statement: 1 / 1.05 against twice 1 / 0.05.
+    alone = (1 / 1.05) / (1 / 1.05 + 2 / 0.05)
+    logged = {}
+    scores = reward(["p"] * 2, ["a moon", "none"], log_metric=logged.__setitem__)
+    assert scores == pytest.approx([3 - 0.5 * alone, 2 - 0.5 * alone])
+    assert logged["rule/rhyme"] == 1 and logged["rule/contains moon"] == 0.5
+    assert all(len(judge.model.messages) == 2 for judge in judges)  # both statements at once
+    assert reward.single_judged == [False, False]
+    report = reward.report(["a moon", "none"], ["p"] * 2)
+    assert "rhyme" in report and "100%" in report and "50%" in report
+    with pytest.raises(ValueError, match="need the prompts"):
+        reward.report(["a"])
+
+
+def test_a_row_that_no_judge_answers_has_no_reward() -> None:
+    statements = [rules.judged(statement=text) for text in ("It rhymes.", "It is short.")]
+    reward = RulesReward(statements, [reader("a", None)])
+    assert reward(["p"] * 2, ["easy", "hard"]) == [2.0, None]
+    assert reward.single_judged == [True, True]
+    assert "1 without a verdict" in reward.report(["easy", "hard"], ["p"] * 2)
+    with pytest.raises(ValueError, match="no rule is judged"):
+        RulesReward([rules.cites()], [reader("a", None)])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 CHAT_TEMPLATE = (
@@ -98,6 +99,12 @@ def messages_data(preference_data) -> Dataset:
     )
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; of a tensor spread over processes, all of it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 @dataclass
 class Trace(TrainerCallback):
     """What a run computed: loss and metrics per step, first gradients, last weights."""
@@ -110,9 +117,7 @@ class Trace(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self.gradients:
             self.gradients = {
-                name: p.grad.detach().clone()
-                for name, p in model.named_parameters()
-                if p.grad is not None
+                name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None
             }
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -121,7 +126,7 @@ class Trace(TrainerCallback):
             self.logs.append(dict(logs))
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.weights = {name: whole(p) for name, p in model.named_parameters()}
 
 
 @pytest.fixture

@@ -74,7 +74,12 @@ ENGINE: dict[str, Probe] = {
     # of a run without an adapter; that it is obeyed is shown by tests/adapters/test_lora_plus.py
     "lora_plus_ratio": Refused(16.0, "trains no LoRA matrix B"),
     "optimizer": Changes("weights", "adamw_8bit", {"max_steps": 2}),
+    # gone before anyone looks at them; that weights are the same: test_optimizer_in_backward.py
+    "optimizer_in_backward": Changes("gradients", True),
+    "mlp_tile_tokens": ShownBy("tests/trainers/test_memory_options.py::test_mlps_are_tiled"),
+    "trial_step": ShownBy("tests/trainers/test_trial_step.py::test_a_trial_is_taken_back"),
 }
+NO_TRIAL: dict[str, Probe] = {"trial_step": Refused(True, "trial_step")}
 LOADING: dict[str, Probe] = {
     "model_init_kwargs": Changes("calls", {"dtype": "bfloat16"}, setup="saved model"),
     "trust_remote_code": Changes("calls", True, setup="saved model"),
@@ -159,6 +164,7 @@ DPO: dict[str, Probe] = {
 
 KTO: dict[str, Probe] = {
     **ENGINE,
+    **NO_TRIAL,
     **LOADING,
     **OFFLOADING,
     **EXPERTS,
@@ -175,6 +181,7 @@ KTO: dict[str, Probe] = {
 
 REFERENCE_FREE: dict[str, Probe] = {
     **ENGINE,
+    **NO_TRIAL,
     **LOADING,
     **DATASET_PROCESSES,
     "max_length": Changes("batches", 48),
@@ -205,6 +212,9 @@ NO_HEAD: dict[str, Probe] = {
     "adapter": ENGINE["adapter"],
     "lora_plus_ratio": ENGINE["lora_plus_ratio"],
     "optimizer": ENGINE["optimizer"],
+    "optimizer_in_backward": ENGINE["optimizer_in_backward"],
+    "mlp_tile_tokens": ENGINE["mlp_tile_tokens"],
+    "trial_step": ENGINE["trial_step"],
 }
 
 REWARD: dict[str, Probe] = {
@@ -223,6 +233,7 @@ REWARD: dict[str, Probe] = {
 
 PRM: dict[str, Probe] = {
     **NO_HEAD,
+    **NO_TRIAL,
     **DATASET_PROCESSES,
     "max_length": Changes("batches", 40),
     "step_separator": Changes("batches", "##"),

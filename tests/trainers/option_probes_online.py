@@ -7,6 +7,7 @@ from tests.trainers.option_probes import (
     EVALUATION,
     EXPERTS,
     LOADING,
+    NO_TRIAL,
     Changes,
     Probe,
     Refused,
@@ -160,6 +161,7 @@ RLOO: dict[str, Probe] = {
 
 ONLINE_DPO: dict[str, Probe] = {
     **ENGINE,
+    **NO_TRIAL,
     "reference": ShownBy(
         "tests/trainers/test_reference_kinds.py::"
         "test_online_dpo_takes_a_second_model_beside_an_adapter"
@@ -183,6 +185,7 @@ PPO_REUSE = {"num_mini_batches": 2, "max_steps": 3, "learning_rate": 0.01}
 
 PPO: dict[str, Probe] = {
     **ENGINE,
+    **NO_TRIAL,
     **REFERENCE,
     "model_init_kwargs": LOADING["model_init_kwargs"],
     **ROLLOUT,

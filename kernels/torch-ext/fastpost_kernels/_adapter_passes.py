@@ -2,6 +2,7 @@
 
     dropout        keep * x / (1 - p), keep from `_philox.py`: drawn again wherever it is needed
     column_scale   z * scale + bias per column, and its backward
+    dora_norms     ||w + s B A|| of every row from products with A; C++ and torch only
 
 Each is one pass over memory, arithmetic in fp32 (fp64 for fp64).
 """
@@ -19,7 +20,19 @@ from ._philox import random_words, threshold_of
 if HAS_TRITON:
     from . import _adapter_passes_triton as passes_triton
 
-__all__ = ["column_scale_backward", "column_scale_forward", "dropout", "dropped"]
+__all__ = [
+    "MAX_NORM_RANK",
+    "column_scale_backward",
+    "column_scale_forward",
+    "dora_norms",
+    "dropout",
+    "dropped",
+]
+
+# What C++ sums in registers (csrc/adapter_passes.cpp); a library's product serves larger ranks.
+MAX_NORM_RANK = 64
+# A norm^2 below this share of its positive terms has lost the digits of 16-bit products.
+CANCELLATION = 2**-4
 
 # Less than this per thread, and waking it costs more than it saves.
 _ELEMENTS_PER_THREAD = 1 << 14
@@ -129,6 +142,40 @@ def column_scale_backward(
         return d_z, d_scale
     d_scale = None if z is None else (grad.to(scale.dtype) * z).sum(0)
     return (grad * scale).to(grad.dtype) if need_z else None, d_scale
+
+
+def dora_norms(
+    cross: Tensor,  # [rows, rank], w A^T
+    b: Tensor,  # [rows, rank] fp32 or fp64, as all below
+    gram: Tensor,  # [rank, rank], A A^T
+    squares: Tensor,  # [rows], ||w||^2
+    scale: float,
+    backend: str,
+    simd_limit: int = -1,
+) -> Tensor:
+    """||w + scale b A|| [rows], -1 where the terms cancel and the norm is to be taken directly."""
+    if backend == "cpp" and len(gram) <= MAX_NORM_RANK:
+        lib = library()
+        assert lib is not None
+        cross, b, gram = cross.contiguous(), b.contiguous(), gram.contiguous()
+        out = torch.empty_like(squares)
+        lib.fastpost_dora_norms(
+            cross.dtype == torch.bfloat16,
+            cross.data_ptr(),
+            b.data_ptr(),
+            gram.data_ptr(),
+            squares.data_ptr(),
+            *cross.shape,
+            scale,
+            CANCELLATION,
+            out.data_ptr(),
+            simd_limit,
+            _threads(cross),
+        )
+        return out
+    terms = squares + scale * scale * ((b @ gram) * b).sum(1)
+    found = terms + 2 * scale * (cross.to(b.dtype) * b).sum(1)
+    return torch.where(found < CANCELLATION * terms, -1.0, found.sqrt())
 
 
 def _threads(tensor: Tensor) -> int:

@@ -69,6 +69,10 @@ _SIGNATURES = {
         [_INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER]
         + [_POINTER, _POINTER, _INT, _INT]
     ),
+    "fastpost_dora_norms": (
+        [_INT, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER]
+        + [_INT, _INT]
+    ),
     "fastpost_nf4_unpack": (
         [_INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]
         + [_LONG, _LONG, _LONG, _LONG, _LONG, _POINTER, _LONG, _INT, _INT]

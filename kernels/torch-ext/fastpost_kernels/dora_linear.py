@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._adapter_passes import column_scale_backward, column_scale_forward
+from ._adapter_passes import column_scale_backward, column_scale_forward, dora_norms
 from ._cost import register_costs
 from ._device import resolve_backend
+from ._eager_node import DirectOp, is_watched
 from ._layer_passes import rows_of
 from ._namespace import add_op_namespace_prefix
 from ._nf4_format import Nf4Weight
@@ -42,16 +43,17 @@ from .nf4_linear import nf4_linear
 
 __all__ = ["dora_linear", "dora_weight_norm", "row_square_norms", "scale_columns"]
 
-# A norm^2 below this share of its positive terms has lost the digits of 16-bit products.
-CANCELLATION = 2**-4
 
-
-@torch.library.custom_op(add_op_namespace_prefix("column_scale_fwd"), mutates_args=())
-def column_scale_fwd(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _scale(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """z [M, N] * scale [N] + bias [N]."""
     backend = resolve_backend(backend, z.device, z.dtype)
     with torch.cuda.device_of(z):
         return column_scale_forward(z, scale, bias, backend)
+
+
+column_scale_fwd = torch.library.custom_op(
+    add_op_namespace_prefix("column_scale_fwd"), mutates_args=()
+)(_scale)
 
 
 @column_scale_fwd.register_fake
@@ -59,8 +61,7 @@ def _(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return z.new_empty(z.shape)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("column_scale_bwd"), mutates_args=())
-def column_scale_bwd(
+def _scale_gradients(
     grad: Tensor, z: Tensor, scale: Tensor, need_z: bool, need_scale: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """d z and d scale; the one not needed has no elements."""
@@ -73,6 +74,11 @@ def column_scale_bwd(
         z.new_empty(0) if d_z is None else d_z,
         scale.new_empty(0) if d_scale is None else d_scale,
     )
+
+
+column_scale_bwd = torch.library.custom_op(
+    add_op_namespace_prefix("column_scale_bwd"), mutates_args=()
+)(_scale_gradients)
 
 
 @column_scale_bwd.register_fake
@@ -94,7 +100,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     z, scale = ctx.saved_tensors
     need_z, need_scale, need_bias, _ = ctx.needs_input_grad
-    d_z, d_scale = column_scale_bwd(grad, z, scale, need_z, need_scale, ctx.backend)
+    d_z, d_scale = _call_scale_gradients(grad, z, scale, need_z, need_scale, ctx.backend)
     return (
         d_z if need_z else None,
         d_scale if need_scale else None,
@@ -103,7 +109,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-column_scale_fwd.register_autograd(_backward, setup_context=_setup_context)
+_call_scale_gradients = DirectOp(column_scale_bwd, _scale_gradients)
+_call_scale = DirectOp(column_scale_fwd, _scale, (0, 1, 2), _setup_context, _backward)
 
 
 def _no_flops(*args: Any, **kwargs: Any) -> int:
@@ -161,19 +168,22 @@ def dora_weight_norm(
         square_norm = row_square_norms(weight)
     wide = square_norm.dtype
     a_wide, b_wide = a.to(wide), b.to(wide)
-    squares = torch.empty_like(square_norm)
-    gram = a_wide @ a_wide.t()
-    for part, rows in _row_tiles(weight, a.dtype):
-        b_rows = b_wide[part]
-        cross = ((rows @ a.to(rows.dtype).t()).to(wide) * b_rows).sum(1)
-        terms = square_norm[part] + scale * scale * ((b_rows @ gram) * b_rows).sum(1)
-        found = terms + 2 * scale * cross
-        lost = found < CANCELLATION * terms
-        if bool(lost.any()):
-            exact = rows[lost].to(wide) + scale * (b_rows[lost] @ a_wide)
-            found[lost] = exact.square().sum(1)
-        squares[part] = found
-    return squares.sqrt()
+    norms = torch.empty_like(square_norm)
+    # autocast would round the fp32 products too
+    with torch.autocast(square_norm.device.type, enabled=False):
+        gram = a_wide @ a_wide.t()
+        for part, rows in _row_tiles(weight, a.dtype):
+            cross = rows @ a.to(rows.dtype).t()
+            # who counts products is shown all of them
+            is_single = wide == torch.float32 and not is_watched((cross,))
+            backend = resolve_backend("auto", cross.device, cross.dtype) if is_single else "torch"
+            found = dora_norms(cross, b_wide[part], gram, square_norm[part], scale, backend)
+            lost = found < 0
+            if bool(lost.any()):
+                exact = rows[lost].to(wide) + scale * (b_wide[part][lost] @ a_wide)
+                found[lost] = torch.linalg.vector_norm(exact, dim=1)
+            norms[part] = found
+    return norms
 
 
 @torch.no_grad()
@@ -248,7 +258,7 @@ def scale_columns(
     wide = statistics_dtype(z.dtype)
     column = magnitude.to(wide) / weight_norm.detach().to(wide)
     flat = z.view(-1, z.shape[-1])
-    return column_scale_fwd(flat, column, bias, backend).view(z.shape)
+    return _call_scale(flat, column, bias, backend).view(z.shape)
 
 
 def _check_columns(outputs: int, magnitude: Tensor, weight_norm: Tensor) -> None:

@@ -38,6 +38,7 @@ from ._adapter_products import check_dropout, rank_gradients
 from ._choices import adapted_shape, choose
 from ._cost import register_costs
 from ._device import BACKENDS, HAS_TRITON, resolve_backend
+from ._eager_node import DirectOp
 from ._namespace import add_op_namespace_prefix
 
 if HAS_TRITON:
@@ -84,8 +85,7 @@ def _slices(bs: Sequence[Tensor]) -> list[slice]:
 
 
 # Lists of tensors keep one length for all of a layer's arguments: an absent bias has no elements.
-@torch.library.custom_op(add_op_namespace_prefix("lora_linear_fwd"), mutates_args=())
-def lora_linear_fwd(
+def _forward(
     x: Tensor,  # [M, K]
     weights: list[Tensor],  # [N_i, K]
     biases: list[Tensor],  # [N_i] or [0]
@@ -108,6 +108,11 @@ def lora_linear_fwd(
     return [*found, u]
 
 
+lora_linear_fwd = torch.library.custom_op(
+    add_op_namespace_prefix("lora_linear_fwd"), mutates_args=()
+)(_forward)
+
+
 @lora_linear_fwd.register_fake
 def _(
     x: Tensor,
@@ -123,8 +128,7 @@ def _(
     return [x.new_empty(x.shape[0], len(matrix)) for matrix in (*weights, a)]
 
 
-@torch.library.custom_op(add_op_namespace_prefix("lora_linear_bwd"), mutates_args=())
-def lora_linear_bwd(
+def _gradients(
     grads: list[Tensor],  # [M, N_i]
     x: Tensor,
     u: Tensor,
@@ -177,6 +181,11 @@ def _input_gradient(
     return d_x
 
 
+lora_linear_bwd = torch.library.custom_op(
+    add_op_namespace_prefix("lora_linear_bwd"), mutates_args=()
+)(_gradients)
+
+
 @lora_linear_bwd.register_fake
 def _(
     grads: list[Tensor],
@@ -204,13 +213,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.count, ctx.settings = len(weights), settings
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     count = ctx.count
     x, u, a, *matrices = ctx.saved_tensors
     weights, biases, bs = (matrices[i * count : (i + 1) * count] for i in range(3))
     need_x, need_weights, need_biases, need_a, need_bs = ctx.needs_input_grad[:5]
-    found = lora_linear_bwd(
-        [grad.contiguous() for grad in grads[:count]],
+    given = [
+        x.new_zeros(len(x), len(weight)) if grad is None else grad.contiguous()
+        for grad, weight in zip(grads[:count], weights, strict=True)
+    ]
+    found = _call_gradients(
+        given,
         x,
         u,
         weights,
@@ -224,8 +237,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     )
     d_x, d_a, *d_matrices = found
     column_sums = [
-        grad.sum(0) if needed else grad
-        for grad, needed in zip(grads[:count], need_biases, strict=True)
+        grad.sum(0) if needed else grad for grad, needed in zip(given, need_biases, strict=True)
     ]
     return (
         d_x if need_x else None,
@@ -247,7 +259,8 @@ def _wanted(
     return [grad.to(like.dtype) if needed else None for grad, like, needed in layers]
 
 
-lora_linear_fwd.register_autograd(_backward, setup_context=_setup_context)
+_call_gradients = DirectOp(lora_linear_bwd, _gradients)
+_call_forward = DirectOp(lora_linear_fwd, _forward, (0, 1, 2, 3, 4), _setup_context, _backward)
 
 
 def _forward_flops(
@@ -336,7 +349,7 @@ def lora_linears(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     a = layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])
     absent = x.new_empty(0)
-    found = lora_linear_fwd(
+    found = _call_forward(
         x.reshape(-1, x.shape[-1]),
         [layer.weight for layer in layers],
         [absent if layer.bias is None else layer.bias for layer in layers],

@@ -30,6 +30,7 @@ from ._adapter_products import check_dropout, rank_gradients
 from ._choices import choose, layer_shape
 from ._cost import register_costs
 from ._device import BACKENDS, HAS_TRITON, resolve_backend
+from ._eager_node import DirectOp
 from ._namespace import add_op_namespace_prefix
 from ._nf4_format import (
     BLOCK_SIZES,
@@ -95,8 +96,7 @@ def _(
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("nf4_linear_fwd"), mutates_args=())
-def nf4_linear_fwd(
+def _forward(
     x: Tensor,  # [M, K]
     packed: Tensor,
     absmax: Tensor,
@@ -118,8 +118,7 @@ def nf4_linear_fwd(
     weight = _weight(packed, absmax, nested_absmax, nested_code, offset, shape, block_size)
     bias = None if bias is None else bias.to(x.dtype)
     with torch.cuda.device_of(x):
-        fused_rows = int(choose("nf4_rows", x.device, layer_shape(weight.shape, x.dtype)))
-        if chosen == "triton" and len(x) <= fused_rows and shape[1] % 2 == 0:
+        if chosen == "triton" and shape[1] % 2 == 0 and len(x) <= _fused_rows(weight, x):
             flat = packed.reshape(-1).view(torch.uint8)
             y = multiply(x, flat, absmax_of(weight), block_size, shape[0], bias)
         else:
@@ -133,6 +132,15 @@ def nf4_linear_fwd(
             return y, x.new_empty(len(x), 0)
         u = dropped(x, dropout_p, seed, chosen) @ a.to(x.dtype).t()
         return y.addmm_(u, b.to(x.dtype).t(), alpha=scale), u
+
+
+nf4_linear_fwd = torch.library.custom_op(
+    add_op_namespace_prefix("nf4_linear_fwd"), mutates_args=()
+)(_forward)
+
+
+def _fused_rows(weight: Nf4Weight, x: Tensor) -> int:
+    return int(choose("nf4_rows", x.device, layer_shape(weight.shape, x.dtype)))
 
 
 @nf4_linear_fwd.register_fake
@@ -157,8 +165,7 @@ def _(
     return x.new_empty(rows, shape[0]), x.new_empty(rows, 0 if a is None else a.shape[0])
 
 
-@torch.library.custom_op(add_op_namespace_prefix("nf4_linear_bwd"), mutates_args=())
-def nf4_linear_bwd(
+def _gradients(
     grad: Tensor,  # [M, N]
     x: Tensor | None,  # [M, K], where d A is needed
     u: Tensor,
@@ -199,6 +206,11 @@ def nf4_linear_bwd(
     return d_x, d_a, d_b
 
 
+nf4_linear_bwd = torch.library.custom_op(
+    add_op_namespace_prefix("nf4_linear_bwd"), mutates_args=()
+)(_gradients)
+
+
 @nf4_linear_bwd.register_fake
 def _(
     grad: Tensor,
@@ -234,11 +246,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     x, u, *weight, a, b = ctx.saved_tensors
     need_x, need_bias, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 8, 9, 10))
     grad = grad.contiguous()
-    d_x, d_a, d_b = nf4_linear_bwd(grad, x, u, *weight, *ctx.layout, a, b, *ctx.settings, need_x)
+    d_x, d_a, d_b = _call_gradients(grad, x, u, *weight, *ctx.layout, a, b, *ctx.settings, need_x)
     return (
         d_x if need_x else None,
         *(None,) * 7,
@@ -249,7 +261,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     )
 
 
-nf4_linear_fwd.register_autograd(_backward, setup_context=_setup_context)
+_call_gradients = DirectOp(nf4_linear_bwd, _gradients)
+_call_forward = DirectOp(nf4_linear_fwd, _forward, (0, 8, 9, 10), _setup_context, _backward)
 
 
 def _forward_flops(x: torch.Size, *args: Any, **kwargs: Any) -> int:
@@ -400,7 +413,7 @@ def nf4_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     settings = (float(scale), float(dropout_p), seed, backend)
-    y, _ = nf4_linear_fwd(x.reshape(-1, inputs), *parts, bias, a, b, *settings)
+    y, _ = _call_forward(x.reshape(-1, inputs), *parts, bias, a, b, *settings)
     return y.view(*x.shape[:-1], outputs)
 
 

@@ -1,8 +1,4 @@
-"""Checkpoints that are whole or absent, and what a run needs beside its weights to go on exactly.
-
-transformers writes `checkpoint-N` file by file: killed in between, it leaves a folder that the next
-`resume_from_checkpoint=True` picks. Here a checkpoint is written to `_saving/checkpoint-N` in the
-same folder, flushed to the disk, and renamed: under its own name it is complete.
+"""Folders that are whole under their names, or absent.
 
     _saving/checkpoint-N ─► fsync every file ─► rename to checkpoint-N ─► fsync the folder
 
@@ -10,26 +6,28 @@ The folder is on a disk that all processes share, or each node saves its own (`s
 A name that begins with "_" is neither resumed from, nor rotated, nor uploaded by transformers.
 `recover` clears what a killed process left there, and puts back a checkpoint that was being
 replaced.
-
-State that transformers does not save (`write_state`) is JSON with its tensors in safetensors.
-Nothing is unpickled: transformers itself reads optimizer, scheduler, scaler and random state with
-`torch.load(weights_only=True)`, accelerate the sharded optimizers of FSDP likewise.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import sort_checkpoints
+
+__all__ = [
+    "SAVING",
+    "flush",
+    "last_complete_checkpoint",
+    "publish",
+    "publish_files",
+    "recover",
+    "remove_if_empty",
+    "rotate",
+]
 
 SAVING = "_saving"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
@@ -104,6 +102,12 @@ def publish_files(staged: str | Path, folder: str | Path) -> None:
     shutil.rmtree(staged)
 
 
+def remove_if_empty(folder: str | Path) -> None:
+    """Remove a folder if it is there and holds nothing."""
+    if os.path.isdir(folder) and not os.listdir(folder):
+        os.rmdir(folder)
+
+
 def flush(folder: str | Path) -> None:
     """Have every file of a folder on the disk."""
     for path in sorted(Path(folder).rglob("*"), reverse=True):
@@ -159,77 +163,3 @@ def _numbered(run_folder: str | Path) -> Iterator[tuple[int, Path]]:
         match = _CHECKPOINT.match(path.name)
         if match and path.is_dir():
             yield int(match[1]), path
-
-
-def write_state(folder: str | Path, state: dict[str, Any], rank: int = 0) -> None:
-    """Write nested dicts, lists, numbers, strings and tensors to two files of `folder`.
-
-    Raises:
-        TypeError: a value of another kind, named by its place.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    described = _describe(state, "state", tensors)
-    json_file, tensor_file = _state_files(folder, rank)
-    # Tensors may share memory with each other, which safetensors refuses.
-    save_file(
-        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, tensor_file
-    )
-    json_file.write_text(json.dumps(described))
-
-
-def read_state(folder: str | Path, rank: int = 0) -> dict[str, Any] | None:
-    """What `write_state` wrote, tensors on the CPU; None if it wrote nothing there."""
-    json_file, tensor_file = _state_files(folder, rank)
-    if not json_file.is_file():
-        return None
-    return _rebuild(json.loads(json_file.read_text()), load_file(tensor_file))
-
-
-def _state_files(folder: str | Path, rank: int) -> tuple[Path, Path]:
-    stem = Path(folder) / f"fastpost_state_{rank}"
-    return stem.with_suffix(".json"), stem.with_suffix(".safetensors")
-
-
-def _describe(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        name = str(len(tensors))
-        tensors[name] = value
-        return {"tensor": name}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    if isinstance(value, np.generic):
-        return {"value": value.item()}
-    if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_describe(v, f"{place}[{i}]", tensors) for i, v in enumerate(value)]}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": {k: _describe(v, f"{place}.{k}", tensors) for k, v in value.items()}}
-    raise TypeError(
-        f"{place} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings, None, "
-        "lists, tuples and dicts with string keys. Convert it before it is saved"
-    )
-
-
-def _rebuild(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-    ((kind, content),) = described.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "value":
-        return content
-    if kind == "dict":
-        return {key: _rebuild(value, tensors) for key, value in content.items()}
-    values = [_rebuild(value, tensors) for value in content]
-    return values if kind == "list" else tuple(values)
-
-
-__all__ = [
-    "SAVING",
-    "flush",
-    "last_complete_checkpoint",
-    "publish",
-    "publish_files",
-    "read_state",
-    "recover",
-    "rotate",
-    "write_state",
-]

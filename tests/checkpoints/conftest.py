@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints.forked import Server
+from tests.trainers.methods import saved_model
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    assert server.run("rest") == [0]
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs, with the models they begin from."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("SFT", "DPO"):
+        saved_model(name, folder)
+    return folder

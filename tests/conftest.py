@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = (
     "1"  # read when kernels are decorated, so before any import of ours
 )
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,15 @@ def _create_dot_with_bf16(self: Any, a: Any, b: Any, *args: Any) -> Any:
 
 
 interpreter.InterpreterBuilder.create_dot = _create_dot_with_bf16
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose slow tests say their `minutes` first, so that both processes end together."""
+    minutes: Counter[Any] = Counter()
+    for item in items:
+        if (slow := item.get_closest_marker("slow")) is not None:
+            minutes[item.path] += slow.kwargs.get("minutes", 0)
+    items.sort(key=lambda item: -minutes[item.path])
 
 
 @pytest.fixture(autouse=True)

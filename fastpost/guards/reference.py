@@ -28,13 +28,20 @@ def refuse_shared_reference(model: Any, ref_model: Any) -> None:
         raise ValueError(f"ref_model is the same object as model; {advice}")
     if not isinstance(ref_model, nn.Module):
         return
-    trained = {p.data_ptr(): name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {_address(p): name for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in ref_model.named_parameters():
-        if not parameter.is_meta and parameter.numel() and parameter.data_ptr() in trained:
+        address = _address(parameter)
+        if address is not None and address in trained:
             raise ValueError(
                 f"ref_model shares memory with model: its '{name}' is the policy's "
-                f"'{trained[parameter.data_ptr()]}'; {advice}"
+                f"'{trained[address]}'; {advice}"
             )
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where a tensor (of this rank's shard under FSDP2) lies, None if it holds nothing."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return None if local.is_meta or local.numel() == 0 else local.data_ptr()
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastpost.demo import tasks
 from fastpost.demo.run import EXAM_SEED, run_demo
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=6)
 
 
 def test_a_tiny_demo_writes_everything_it_promises(tmp_path, capsys):

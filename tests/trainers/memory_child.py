@@ -89,6 +89,7 @@ def run_case(case: str, folder: Path, num_processes: int) -> dict[str, Any]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     found = {
         "loss": trainer.trace.losses,
+        "norms": [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log],
         "weights": trainer.trace.weights,
         "states": [{k: whole(v) for k, v in optimizer.state[p].items()} for p in trained],
         "most": shards.most,

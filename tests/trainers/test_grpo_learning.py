@@ -58,7 +58,7 @@ def test_a_tiny_model_learns_to_write_vowels(method, model, tokenizer, tmp_path)
     assert rewards[-1] > 0.4
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=5)
 def test_the_reward_of_held_out_sums_rises(monkeypatch, tmp_path) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     import grpo_reasoning

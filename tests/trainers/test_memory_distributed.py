@@ -57,6 +57,7 @@ def test_steps_in_the_backward_are_the_usual_ones_of_shards(ranks: Any) -> None:
     for rank in ranks:
         usual, ours = rank["usual"], rank["in backward"]
         assert usual["loss"] == ours["loss"]
+        assert len(usual["norms"]) == 3 and usual["norms"] == pytest.approx(ours["norms"], rel=1e-5)
         for name, weight in usual["weights"].items():
             assert torch.equal(weight, ours["weights"][name]), name
         for one, other in zip(usual["states"], ours["states"], strict=True):

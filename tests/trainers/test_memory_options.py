@@ -69,6 +69,23 @@ def test_mlps_are_tiled(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours.weights[key], weight, atol=3e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["DPO"]
+    + [
+        pytest.param(n, marks=pytest.mark.slow)
+        for n in ("Reward", "PRM", "GRPO", "OnlineDPO", "PPO")
+    ],
+)
+def test_steps_in_the_backward_are_the_usual_ones(name: str, tmp_path: Path) -> None:
+    expected, ours = (
+        train(build(name, tmp_path, optimizer_in_backward=chosen)) for chosen in (False, True)
+    )
+    assert expected.losses == ours.losses
+    assert expected.gradients and not ours.gradients
+    assert all(torch.equal(w, ours.weights[key]) for key, w in expected.weights.items())
+
+
 def test_tiles_of_4_bit_layers_with_adapters(tmp_path: Path) -> None:
     """And each layer's adapters are updated within the backward."""
     method = METHODS["SFT"]
@@ -90,6 +107,14 @@ def test_tiles_of_4_bit_layers_with_adapters(tmp_path: Path) -> None:
 def test_no_tile_of_less_than_a_token(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mlp_tile_tokens must be at least 1, got 0"):
         build("SFT", tmp_path, mlp_tile_tokens=0)
+
+
+@pytest.mark.parametrize("option", ["offload", "every_n_layers"])
+def test_options_of_layers_that_are_not_checkpointed_are_refused(
+    option: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"asks for {option}, but activation_checkpointing is"):
+        build("SFT", tmp_path, activation_checkpointing_kwargs={option: 1})
 
 
 @pytest.mark.parametrize(

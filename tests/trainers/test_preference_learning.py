@@ -39,7 +39,7 @@ def test_answers_to_one_problem_are_no_neighbours_in_a_kto_batch() -> None:
             assert row["prompt"] != neighbour["prompt"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 @pytest.mark.parametrize(
     ("method", "steps"), [("kto", 40), ("orpo", 40), ("simpo", 40), ("dpo", 16)]
 )

@@ -123,7 +123,7 @@ def test_killed_runs_end_as_runs_left_alone(tmp_path: Path) -> None:
     assert [p.stat().st_size * 24 // sum(q.stat().st_size for q in logs) for p in logs] == [16, 8]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_every_method_survives_being_killed(tmp_path: Path) -> None:
     statuses = carry_out(tmp_path, [run for case in CASES for run in runs_killed_twice(case)])
     assert statuses == [-signal.SIGKILL, -signal.SIGKILL, 0, 0] * len(CASES)
@@ -131,7 +131,7 @@ def test_every_method_survives_being_killed(tmp_path: Path) -> None:
         assert_same_end(case, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_killed_run_of_two_processes_ends_as_the_run_left_alone(tmp_path: Path) -> None:
     statuses = carry_out(tmp_path, runs_killed_twice("DPO-cached"), ranks=2)
     assert statuses == [-signal.SIGKILL, -signal.SIGKILL, 0, 0]

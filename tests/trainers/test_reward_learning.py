@@ -14,7 +14,7 @@ from fastpost.pooling import accelerate_pooled
 EXAMPLE = Path(__file__).parents[2] / "examples" / "reward_model.py"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_the_example_tells_sorted_lists_from_wrong_ones(tmp_path) -> None:
     spec = importlib.util.spec_from_file_location("reward_model_example", EXAMPLE)
     example = importlib.util.module_from_spec(spec)

@@ -119,8 +119,8 @@ def check_sharding(trainer: Any) -> None:
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
             f"fsdp was asked for, but accelerate runs as {trainer.accelerator.distributed_type} "
-            "and would hold a whole model in every process. It shards on accelerators only; on CPUs "
-            "load the model with from_pretrained(..., distributed_config=DistributedConfig("
+            "and would hold a whole model in every process. It shards on accelerators only; on "
+            "CPUs load the model with from_pretrained(..., distributed_config=DistributedConfig("
             "fsdp_size=...)) instead"
         )
     model = trainer.model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +149,43 @@ def test_one_unused_output_of_a_group() -> None:
     expected = torch.autograd.grad(lora_linear(x, w, None, a, b, 1.0).sum(), (x, w, a, b))
     for left, right in zip(got, expected, strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_plain_calls_equal_those_of_the_op() -> None:
+    """Who counts FLOPs is given the op, others one node of autograd: bits and refusals agree."""
+    (x, weight, bias, a, b), grad = problem(6, 10, 8, 2, FP32)
+    x, weight, a = (t.requires_grad_() for t in (x, weight, a))
+    layers = [LoraWeights(weight, bias, a, b, 0.5), LoraWeights(weight, None, a, b, 2.0)]
+
+    def run() -> tuple[str, list[Tensor]]:
+        unused, y = lora_linears(x, layers, dropout_p=0.2, seed=5)
+        found = torch.autograd.grad(y, (x, weight, a), grad, retain_graph=True)
+        with pytest.raises(RuntimeError):
+            again = torch.autograd.grad(y, x, grad, create_graph=True)[0]
+            again.sum().backward()
+        return unused.grad_fn.next_functions[0][0].name(), [unused.detach(), y.detach(), *found]
+
+    plain_node, plain = run()
+    with FlopCounterMode(display=False):
+        op_node, watched = run()
+    assert plain_node != op_node
+    for got, expected in zip(plain, watched, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_dropped_graph_is_freed_at_once() -> None:
+    (x, weight, bias, a, b), _ = problem(6, 10, 8, 2, FP32)
+    held = x.requires_grad_() * 1  # its only other owner is the graph
+    alive = weakref.ref(held)
+    y = lora_linear(held, weight, bias, a.requires_grad_(), b, 1.0)
+    del held
+    assert alive() is not None
+    gc.disable()
+    try:
+        del y
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_frozen_parts_cost_nothing() -> None:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpost_kernels import prefix_attention, reference
+from fastpost_kernels import prefix_attention, reference, workspace_bytes
 from fastpost_kernels.testing import assert_close_to_reference
+from tests.ops.test_prefix_attention_op import LiveMemory
 
 host = importlib.import_module("fastpost_kernels._prefix_triton")
 ROOT = Path(__file__).parents[2]
@@ -184,3 +185,24 @@ def test_consumer_gpus_neither_spill_nor_run_out_of_shared_memory(capability):
             assert row["spilled_bytes"] == 0, (size, row)
             assert row["shared"] <= 99 * 1024, (size, row)
             assert row["instructions"]["mma.sync"] > 0, (size, row)
+
+
+def test_the_backward_holds_one_slab_in_fp32(monkeypatch):
+    """Equal in slabs, and within the bound, which is far below an fp32 copy of dO or O."""
+    inputs = make_inputs(torch.bfloat16, (16, 16), (2, 1), sinks=False)
+    whole = run(prefix_attention, inputs, backend="triton")
+    for name in ("_prefix_triton", "_prefix_costs"):
+        monkeypatch.setattr(f"fastpost_kernels.{name}.SLAB_ELEMENTS", 2 * 16 * 24)
+    for mine, other in zip(run(prefix_attention, inputs, backend="triton"), whole, strict=True):
+        assert torch.equal(mine, other)
+    query, key, value = (x.detach() for x in inputs)
+    schedule = segments_module.schedule_of(SEGMENTS, NUM_TOKENS)
+    scoring = importlib.import_module("fastpost_kernels._prefix_regions").Scoring(0.1, None, None)
+    out, lse = host.forward_triton(query, key, value, None, schedule, scoring)
+    with LiveMemory() as memory:
+        grads = host.backward_triton(out, query, key, value, out, lse, schedule, scoring)
+    used = memory.peak - sum(x.nbytes for x in grads)
+    op = importlib.import_module("fastpost_kernels.prefix_attention")._prefix_attention_bwd
+    arguments = (out, query, key, value, out, lse, SEGMENTS, 0.1, None, None, "triton")
+    bound = workspace_bytes(op._opoverload, *arguments)
+    assert used <= bound < 4 * out.numel()

@@ -63,6 +63,8 @@ for _kind, _adapter in (("", None), ("-lora", LORA), ("-dora", DORA), ("-nf4", L
         f"DPO-fsdp{_kind}": ("DPO", {"fsdp": True}, _extra | _own),
         f"GRPO-fsdp{_kind}": ("GRPO", {"fsdp": True, "beta": 0.1}, _extra),
     }
+# The reference pass, with the adapter off, is the first of the model.
+CASES["DPO-fsdp-lora-half"] = ("DPO", {"fsdp": True}, {"peft_config": LORA, "ref_model": None})
 CASES["GRPO-fsdp-bf16"] = ("GRPO", {"fsdp": True, "beta": 0.1, "bf16": True}, {})
 # transformers loads every process's shard, and only that, straight from the files.
 CASES |= {
@@ -148,6 +150,8 @@ def make_model(case: str, folder: Path, num_processes: int) -> Any:
         )
     else:
         model = METHODS[name].model()
+    if "half" in case:
+        model.to(torch.bfloat16)
     model.config._name_or_path = str(folder / name)
     return model
 

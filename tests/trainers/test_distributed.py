@@ -19,7 +19,8 @@ from tests.trainers.methods import METHODS
 ROOT = Path(__file__).parents[2]
 FAST = ["SFT", "DPO", "GRPO"]
 SLOW = [case for case in CASES if case not in FAST]
-OTHERS = ("SFT-tokens-per-device", "GRPO-fsdp-bf16")  # not compared with one process
+# Not compared with one process.
+OTHERS = ("SFT-tokens-per-device", "GRPO-fsdp-bf16", "DPO-fsdp-lora-half")
 # Its metrics are means over the tokens of a process, averaged over processes.
 MEANS_PER_PROCESS = {"PPO"}
 
@@ -112,6 +113,13 @@ def test_bf16_rounds_neither_log_probs_nor_sums_of_gradients(slow_folder) -> Non
     for values in (*found["returned"], *found["gradients"].values()):
         assert values.dtype == torch.float32
         assert not values.any() or (values != values.bfloat16()).any()
+
+
+@pytest.mark.slow
+def test_adapters_in_fp32_train_beside_weights_in_bf16(slow_folder) -> None:
+    found = torch.load(slow_folder / "DPO-fsdp-lora-half-rank0.pt")
+    assert found["gradients"] and all("lora_" in name for name in found["gradients"])
+    assert all(g.dtype == torch.float32 and g.any() for g in found["gradients"].values())
 
 
 @pytest.mark.slow

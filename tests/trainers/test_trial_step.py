@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from fastpost.planning.request import Adapter
+from fastpost.trainers import trial_plan, trial_step
 from fastpost.trainers.trial_step import Trial, TrialStep
 from tests.trainers import methods
 from tests.trainers.methods import METHODS
@@ -81,7 +83,9 @@ def trial_of(trainer: Any) -> Trial:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_trial_is_taken_back(case: str, tmp_path) -> None:
+def test_a_trial_is_taken_back(case: str, tmp_path, monkeypatch) -> None:
+    if case != "DPO, LoRA":  # one is planned for real, which takes seconds
+        monkeypatch.setattr(trial_step, "predicted_bytes", lambda *_: (None, "not asked"))
     tried, after = run(case, tmp_path, True)
     plain, before = run(case, tmp_path, False)
     found = trial_of(tried)
@@ -98,3 +102,64 @@ def test_a_trial_is_taken_back(case: str, tmp_path) -> None:
     assert tried.trace.losses == plain.trace.losses and tried.trace.losses
     for name, weight in plain.trace.weights.items():
         assert torch.equal(tried.trace.weights[name], weight), name
+
+
+@pytest.mark.parametrize("case", ["SFT", "Reward", "RLOO, LoRA"])
+def test_the_planner_is_asked_what_the_trainer_runs(case: str, tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(trial_plan, "trace_composed", lambda *args, **_: asked.append(args))
+    with pytest.raises(AttributeError):  # nothing was traced
+        run(case, tmp_path, True, gradient_checkpointing=True)
+    request, config = asked[0]
+    assert config.hidden_size == 64 and request.checkpointing
+    rows = {"SFT": 2, "Reward": 1, "RLOO, LoRA": 1}[case]
+    assert (request.rows, request.accumulation) == (4, rows)
+    assert request.precision == "fp32" and request.optimizer == "adamw"
+    if case == "RLOO, LoRA":
+        assert request.adapter == Adapter("lora", 4)
+        assert (request.method, request.beta, request.group) == ("rloo", 0.05, 4)
+        longest = max(len(ids) for ids in prompts_of())
+        assert (request.num_prompt, request.seq) == (longest, longest + 8)
+
+
+def prompts_of() -> list[list[int]]:
+    tokenizer = methods.tokenizer()
+    return [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        for row in methods.prompt_rows()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"optim": "adafactor"}, "optim is adafactor"),
+        ({"mlp_tile_tokens": 16}, "mlp_tile_tokens"),
+    ],
+)
+def test_what_is_not_planned_is_measured_all_the_same(fields, reason, tmp_path) -> None:
+    trainer, _ = run("RLOO, LoRA", tmp_path, True, **fields)
+    found = trial_of(trainer)
+    assert found.predicted is None and reason in found.reason and found.measured > 0
+    assert f"not predicted ({found.reason}), measured" in str(found)
+
+
+def test_streams_and_loss_scales_are_refused(tmp_path) -> None:
+    method = METHODS["SFT"]
+    settings = methods.settings_of(method, tmp_path, trial_step=True)
+    data = method.data().to_iterable_dataset()
+    with pytest.raises(ValueError, match="streamed"):
+        methods.build_trainer(method, settings, method.model(), data)
+
+
+def test_memory_that_runs_out_says_where_and_what_was_predicted(tmp_path, monkeypatch) -> None:
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trial_step, "_steps", run_out)
+    monkeypatch.setattr(trial_step, "predicted_bytes", lambda *_: (3 * 2**30, ""))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run("SFT", tmp_path, True)
+    assert "before any data was trained on; 3.00 GiB were predicted" in caught.value.__notes__[0]

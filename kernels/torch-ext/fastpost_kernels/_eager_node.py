@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["DirectOp", "is_watched"]
 
-_PLAIN = (Tensor, nn.Parameter)
+# Tensors without operators of their own, and what most other arguments are.
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None), int, float, bool, str})
 
 
 class DirectOp:
@@ -63,19 +64,19 @@ class DirectOp:
 
 def is_watched(args: tuple[Any, ...]) -> bool:
     """Whether something traces or counts operators now, or a tensor has operators of its own."""
-    return bool(
-        torch.compiler.is_compiling()
+    if (
+        torch.compiler.is_compiling()  # first: a compiler cannot trace the others
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or not all(map(_is_plain, args))
-    )
-
-
-def _is_plain(arg: Any) -> bool:
-    """Whether no tensor in it has operators of its own."""
-    if isinstance(arg, list):
-        return all(map(_is_plain, arg))
-    return type(arg) in (Tensor, nn.Parameter) or not isinstance(arg, Tensor)
+    ):
+        return True
+    for arg in args:
+        if type(arg) is list:
+            if is_watched(tuple(arg)):
+                return True
+        elif type(arg) not in _PLAIN and isinstance(arg, Tensor):
+            return True
+    return False
 
 
 class _Node(torch.autograd.Function):
@@ -98,8 +99,13 @@ class _Node(torch.autograd.Function):
         return tuple(output) if ctx.gives_list else output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # someone may differentiate once more
+            return once_differentiable(_Node._gradients)(ctx, *grads)
+        return _Node._gradients(ctx, *grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         context = SimpleNamespace(saved_tensors=ctx.saved_tensors, **vars(ctx.context))
         found = ctx.call.backward(context, *((list(grads),) if ctx.gives_list else grads))
         flat: list[Tensor | None] = [None, None]

@@ -70,9 +70,13 @@ def unpack(
 def as_it_lies(weight: Nf4Weight) -> Nf4Weight:
     """The weight as C++ reads it: contiguous, what decodes absmax in float32."""
     nested = (weight.nested_absmax, weight.nested_code, weight.offset)
-    wide = [None if t is None else t.to(torch.float32).contiguous() for t in nested]
+    wide = [t if t is None or _lies(t) else t.to(torch.float32).contiguous() for t in nested]
     packed, absmax = weight.packed.contiguous(), weight.absmax.contiguous()
     return Nf4Weight(packed, absmax, weight.shape, weight.block_size, *wide)
+
+
+def _lies(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def _scales(weight: Nf4Weight) -> tuple[int | None, ...]:

@@ -5,7 +5,8 @@ and p·v) and five in the backward (q·k again, dO·v, and dQ, dK, dV). They dep
 `segments`. Fake segments hold none; then all tokens count as one causal row, the most there can be.
 
 Workspace is an upper bound that reads no data: as if every token had an ancestor. That of backend
-"flash" holds in its backward what flash-attn allocates for sums of dQ that need no atomics.
+"flash" holds in its backward what flash-attn allocates for sums of dQ that need no atomics. That of
+"triton", whose kernels sum in registers, is of the rows' statistics and of operands it copies.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ._cost import _WORKSPACE
 from ._prefix_segments import num_visible, schedule_of
 
 __all__ = [
+    "SLAB_ELEMENTS",
     "backward_flops",
     "backward_workspace",
     "forward_flops",
@@ -29,6 +31,8 @@ __all__ = [
     "register_costs",
 ]
 
+SLAB_ELEMENTS = 1 << 24  # of dO and O, multiplied at once in the backward of backend "triton"
+_TABLE_BYTES = 16  # a token, in tables of backend "triton": its position, its share of a block
 _MAX_MULTIPROCESSORS = 160  # of one GPU; a B200 has 148
 
 
@@ -89,6 +93,8 @@ def forward_workspace(
     backend: str,
 ) -> int:
     """Bytes of merged and partial outputs, row statistics, operands and scores."""
+    if backend == "triton":
+        return _triton_operands(query, key, value)
     rows, head = query.shape[0] * query.shape[1], _head_size(query, value)
     elements = 3 * rows * head + 8 * rows + _operands_and_scores(query, key, head)
     return elements * regions.accumulate_dtype(query.dtype).itemsize
@@ -108,12 +114,27 @@ def backward_workspace(
     backend: str,
 ) -> int:
     """Bytes of summed and partial gradients, dO and O in fp32, operands and scores."""
+    if backend == "triton":
+        copied = _triton_operands(grad_out, query, key, value, lse)
+        return copied + 4 * (lse.numel() + 3 * _slab(out))
     rows, head = query.shape[0] * query.shape[1], _head_size(query, value)
     gradients = 2 * (rows + 2 * key.shape[0] * key.shape[1]) * head
     elements = gradients + 2 * rows * head + 4 * rows + _operands_and_scores(query, key, head)
     if backend == "flash":
         elements += _split_sums(query, head, segments.shape[0])
     return elements * regions.accumulate_dtype(query.dtype).itemsize
+
+
+def _triton_operands(*tensors: Tensor) -> int:
+    """Bytes of copies of operands that need one, and of the tables of blocks and positions."""
+    copied = sum(x.numel() * x.itemsize for x in tensors if x.stride(-1) != 1)
+    return copied + _TABLE_BYTES * tensors[0].shape[1]
+
+
+def _slab(out: Tensor) -> int:
+    """Elements of dO and O that backend "triton" has in fp32 at once."""
+    heads, tokens, size = out.shape
+    return heads * size * min(tokens, max(1, SLAB_ELEMENTS // (heads * size)))
 
 
 def _num_pairs(segments: Tensor, num_tokens: int, window: int | None) -> int:

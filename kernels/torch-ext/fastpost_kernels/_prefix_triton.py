@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._choices import attention_shape, choose
 from ._device import AMD, capability
+from ._prefix_costs import SLAB_ELEMENTS
 from ._prefix_kernels import (
     prefix_attention_bwd_key_kernel,
     prefix_attention_bwd_query_kernel,
@@ -165,6 +166,18 @@ def _empty_like(x: Tensor, size: int) -> Tensor:
     return x.new_empty(x.shape[1], x.shape[0], size).transpose(0, 1)
 
 
+def _row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
+    """Σ_d dO·O in fp32, [Hq, N], in slabs of tokens: whole fp32 copies would be the largest tensors
+    of a long backward."""
+    heads, tokens, size = out.shape
+    delta = out.new_empty((heads, tokens), dtype=torch.float32)
+    slab = max(1, SLAB_ELEMENTS // (heads * size))
+    for start in range(0, tokens, slab):
+        rows = slice(start, start + slab)
+        delta[:, rows] = (grad_out[:, rows].float() * out[:, rows].float()).sum(-1)
+    return delta
+
+
 def forward_triton(
     query: Tensor,
     key: Tensor,
@@ -207,7 +220,7 @@ def backward_triton(
     grads = [_empty_like(x, x.shape[2]) for x in (query, key, value)]
     if query.shape[1] == 0:
         return grads[0], grads[1], grads[2]
-    delta = (grad_out.float() * out.float()).sum(-1)
+    delta = _row_sums(grad_out, out)
     lse = lse.contiguous()
     positions = _device_positions(schedule, query.device)
     inputs = (query, key, value, grad_out, lse, delta)

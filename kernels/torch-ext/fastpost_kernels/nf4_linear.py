@@ -413,8 +413,10 @@ def nf4_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     settings = (float(scale), float(dropout_p), seed, backend)
-    y, _ = _call_forward(x.reshape(-1, inputs), *parts, bias, a, b, *settings)
-    return y.view(*x.shape[:-1], outputs)
+    # a view is two more nodes of autograd
+    flat = x if x.dim() == 2 else x.reshape(-1, inputs)
+    y, _ = _call_forward(flat, *parts, bias, a, b, *settings)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], outputs)
 
 
 def _parts(weight: Nf4Weight, backend: str) -> tuple[Any, ...]:

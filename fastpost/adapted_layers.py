@@ -169,12 +169,14 @@ def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
     for weight, bias, a, b, scale, _, magnitude, _ in adapters:
         assert isinstance(weight, Tensor)
         layers.append(LoraWeights(weight, bias if magnitude is None else None, a, b, scale))
-    outputs = lora_linears(x, layers)
+    outputs = lora_linears(x if x.dim() < 3 else x.reshape(-1, x.shape[-1]), layers)
     for i, (module, adapter) in enumerate(zip(modules, adapters, strict=True)):
         if adapter.magnitude is not None:
             norm = _weight_norm(module, adapter)
             outputs[i] = scale_columns(outputs[i], adapter.magnitude, norm, adapter.bias)
-    return outputs
+    if x.dim() < 3:
+        return outputs
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 def _group_of(modules: list[nn.Module]) -> list[Adapter] | str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpost import attention, layers
-from fastpost.adapted_layers import unfused_adapters
+from fastpost.adapted_layers import unfused_adapters, ungrouped_projections
 from fastpost.packing import PackPlan, UnpackableBatchError, pack
 from fastpost.scored_output import TokenStats
 from fastpost.sharding import reshard
@@ -140,6 +140,8 @@ class PackedBackbone(ABC):
         ]
         for reason, count in unfused_adapters(self.model).items():
             lines.append(f"  adapted layers on PEFT's own forward: {count}, {reason}")
+        for reason, count in ungrouped_projections(self.model).items():
+            lines.append(f"  projections that each read their input: {count} groups, {reason}")
         stats = self.stats
         if stats.padded_tokens:
             lines.append(

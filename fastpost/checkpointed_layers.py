@@ -17,6 +17,22 @@ from fastpost.offloaded_states import offloading
 LAYER_OPTIONS = ("every_n_layers", "offload")
 
 
+def refuse_unused(args: Any) -> None:
+    """Refuse layer options of a run that checkpoints nothing.
+
+    Raises:
+        ValueError: names the option.
+    """
+    options = args.activation_checkpointing_kwargs or {}
+    given = [name for name in LAYER_OPTIONS if name in options]
+    if given and not args.activation_checkpointing:
+        raise ValueError(
+            f"activation_checkpointing_kwargs={options} asks for {' and '.join(given)}, but "
+            "activation_checkpointing is False: nothing would be checkpointed. Set it to True, or "
+            "leave these out"
+        )
+
+
 def keep_layer_options(model: Any, options: dict[str, Any] | None) -> None:
     """Let `model.gradient_checkpointing_enable` take the layer options out of its dictionary.
 

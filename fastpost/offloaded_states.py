@@ -82,7 +82,8 @@ class HostStates:
             self._choose(tensor.device)
             kept = _Kept(tensor, self._last)
             self._last = weakref.ref(kept)
-            parts = self._parts(tensor.detach().reshape(-1))
+            flat = tensor.detach().reshape(-1)
+            parts = self._parts(flat)
             is_pinned = tensor.device.type != "cpu"
             kept.pieces = [
                 torch.empty(part.numel(), dtype=part.dtype, pin_memory=is_pinned) for part in parts
@@ -92,7 +93,7 @@ class HostStates:
             else:
                 self._make_room()
                 self._copy_aside(kept, kept.pieces, parts)
-                kept.on_device = tensor.detach().reshape(-1)
+                kept.on_device = flat
                 self._leaving.append(kept)
             return kept
 

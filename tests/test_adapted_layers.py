@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpost import adapted_layers, layers
-from fastpost.adapted_layers import unfused_adapters, ungrouped_projections
+from fastpost.adapted_layers import ATTENTIONS, unfused_adapters, ungrouped_projections
 
 BF16, FP32 = torch.bfloat16, torch.float32
 IDS = torch.arange(3, 67).view(2, 32)
@@ -101,6 +103,54 @@ def test_equals_peft(calls, use_dora: bool, use_rslora: bool) -> None:
     assert not ungrouped_projections(model)
     layers.detach(model)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_attention_classes_multiply_what_they_are_given() -> None:
+    """Each listed class exists, and its projections take `hidden_states` itself."""
+    for module, name in ATTENTIONS:
+        forward = getattr(importlib.import_module(module), name).forward
+        source = inspect.getsource(inspect.unwrap(forward))
+        for part in ("q_proj", "k_proj", "v_proj"):
+            assert f"self.{part}(hidden_states)" in source, (name, part)
+
+
+def test_what_is_shared_follows_the_layers(calls) -> None:
+    """q and v alone, checkpointing, hooks, another input, an error: equal, and nothing is left."""
+    options = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}}
+    expected, model = run(adapted(**options)), adapted(**options)
+    layers.attach(model)
+    assert_same(run(model), expected, 2e-5)
+    assert calls == {"lora_linears": 2}
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(run(model), expected, 2e-5)
+    assert calls == {"lora_linears": 6}
+    model.gradient_checkpointing_disable()
+
+    attention = model.base_model.model.model.layers[0].self_attn
+    x, other = torch.randn(2, 1, 5, 64)
+    expected_y = attention.v_proj(other)
+    calls.clear()
+    handle = attention.v_proj.register_forward_hook(lambda *_: None)
+    assert ungrouped_projections(model) == {"a hook on a projection": 1}
+    run(model)
+    assert calls == {"lora_linear": 2, "lora_linears": 1}
+    handle.remove()
+
+    seen = []
+
+    def asks_another(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.append(attention.v_proj(other))  # while the product of x is prepared
+        raise KeyError
+
+    attention.k_proj.register_forward_pre_hook(asks_another)
+    with pytest.raises(KeyError):
+        attention(x, position_embeddings=(torch.ones(1, 5, 16), torch.zeros(1, 5, 16)))
+    torch.testing.assert_close(seen[0], expected_y)
+    assert not any("_prepared" in module.__dict__ for module in model.modules())
+    plain = model.unload()
+    layers.detach(plain)
+    assert not any("forward" in module.__dict__ for module in plain.modules())
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -279,7 +329,8 @@ def test_dropout_is_drawn_anew_and_repeated_by_checkpointing(calls) -> None:
     torch.manual_seed(9)
     calls.clear()
     expected = run(model)
-    assert "lora_linears" not in calls  # gate and up drop apart
+    assert "lora_linears" not in calls  # each projection draws its own mask
+    assert ungrouped_projections(model) == {"lora_dropout": 4}
     model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(9)
     assert_same(run(model), expected, 1e-6)

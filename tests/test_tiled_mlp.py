@@ -307,6 +307,18 @@ def test_eager_norms_keep_less() -> None:
     assert_close(found[1], found[0], 1e-2)
 
 
+def test_a_fused_norm_keeps_its_input_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is why it is not tiled."""
+    monkeypatch.setattr(layers, "_MIN_NORM_ELEMENTS", 1)
+    model = build(dtype=torch.bfloat16)
+    layers.attach(model)
+    x = torch.randn(1, TOKENS, HIDDEN).bfloat16().requires_grad_()
+    with Saved(model) as saved:
+        model.model.norm(x)
+    assert saved.bytes <= x.nbytes + 4 * TOKENS
+    assert not any("norm" in name for name in tile(model, TILE))
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         tile(build(), 0)

@@ -5,7 +5,8 @@
 A step is forward, loss on the answers, backward, AdamW on the adapter; the same rows for everyone.
 Three contenders from equal weights: PEFT on the stock model; PEFT with our adapted and fused layers
 alone, on the same padded rows; and our engine (packing, prefix attention, no logits). Losses are
-compared before anything is timed. Rounds go through all contenders in turn.
+compared before anything is timed. Rounds go through all contenders of a base (16-bit or 4-bit, LoRA
+and DoRA) in turn; the ratio printed is of the fastest rounds, which other processes disturb least.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fastpost.demo.smollm2 import smollm2_path
 
 __all__: list[str] = []
 
+_COMPARED = ("fastest_s", "median_s", "gflop")
 CONTENDERS = ("PEFT", "fastpost layers", "fastpost engine")
 
 
@@ -98,33 +100,46 @@ def saved_bytes(model: nn.Module, attach: bool) -> int:
     return sum(kept.values())
 
 
-def measure(kind: str, batch: dict[str, Tensor], rounds: int, clock: Clock) -> list[dict[str, Any]]:
-    steps = {name: contender(name, kind, batch) for name in CONTENDERS}
-    losses = {name: step() for name, step in steps.items()}
-    spread = max(losses.values()) - min(losses.values())
-    if spread > 0.02 * abs(losses["PEFT"]):
-        raise RuntimeError(f"{kind}: losses differ: {losses}")
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(clock.milliseconds(step) / 1e3)
-    found = []
-    for name, step in steps.items():
+def measure(
+    kinds: tuple[str, ...], batch: dict[str, Tensor], rounds: int, clock: Clock
+) -> list[dict[str, Any]]:
+    """Kinds of one base, all their contenders in turn, so that kinds can be compared too."""
+    pairs = [(kind, name) for kind in kinds for name in CONTENDERS]
+    steps = {pair: contender(pair[1], pair[0], batch) for pair in pairs}
+    losses, gflop = {}, {}
+    for pair, step in steps.items():  # the first step, which is not timed
         with FlopCounterMode(display=False) as counter:
-            step()
-        found.append(
-            {
-                "adapter": kind,
-                "implementation": name,
-                "loss": round(losses[name], 4),
-                "median_s": round(statistics.median(times[name]), 3),
-                "fastest_s": round(min(times[name]), 3),
-                "peak_mb": round(peak_bytes(step) / 1e6),
-                "gflop": round(counter.get_total_flops() / 1e9, 1),
-                "layer_keeps_kb": saved_bytes(build(kind), name != "PEFT") // 1024,
-            }
-        )
-    return found
+            losses[pair] = step()
+        gflop[pair] = round(counter.get_total_flops() / 1e9, 1)
+    for (kind, name), loss in losses.items():
+        if abs(loss - losses[kind, "PEFT"]) > 0.02 * abs(losses[kind, "PEFT"]):
+            raise RuntimeError(f"{kind}: {name} has another loss than PEFT: {losses}")
+    times: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
+    for _ in range(rounds):
+        for pair, step in steps.items():
+            times[pair].append(clock.milliseconds(step) / 1e3)
+    return [
+        {
+            "adapter": kind,
+            "implementation": name,
+            "loss": round(losses[kind, name], 4),
+            "median_s": round(statistics.median(times[kind, name]), 3),
+            "fastest_s": round(min(times[kind, name]), 3),
+            "peak_mb": round(peak_bytes(step) / 1e6),
+            "gflop": gflop[kind, name],
+            "layer_keeps_kb": saved_bytes(build(kind), name != "PEFT") // 1024,
+        }
+        for (kind, name), step in steps.items()
+    ]
+
+
+def summary(found: list[dict[str, Any]]) -> str:
+    """DoRA over LoRA of our engine, in time and FLOPs; empty where one was not measured."""
+    ours = {r["adapter"][-4:]: r for r in found if r["implementation"] == CONTENDERS[-1]}
+    if len(ours) < 2:
+        return ""
+    ratios = (f"{key} {ours['dora'][key] / ours['lora'][key]:.3f}x" for key in _COMPARED)
+    return "DoRA over LoRA, engine: " + ", ".join(ratios)
 
 
 def main() -> None:
@@ -147,14 +162,18 @@ def main() -> None:
     # of one thread its own clock, which does not run while another process does
     clock_name, clock = choose_clock("cpu" if threads == 1 else "wall", torch.device("cpu"))
     results = []
-    for kind in options.kinds or KINDS:
-        found = measure(kind, batch, options.rounds or 5, clock)
+    wanted = options.kinds or KINDS
+    for is_four_bit in (False, True):
+        kinds = tuple(kind for kind in wanted if kind.startswith("q") == is_four_bit)
+        found = measure(kinds, batch, options.rounds or 5, clock) if kinds else []
+        stock = {row["adapter"]: row for row in found if row["implementation"] == "PEFT"}
         for row in found:
-            ratio = row["median_s"] / found[0]["median_s"]
+            ratio = row["fastest_s"] / stock[row["adapter"]]["fastest_s"]
             print(*(f"{value!s:>16}" for value in row.values()), f"{ratio:>8.2f}x", flush=True)
+        print(summary(found), flush=True)
         results += found
     head = describe("bench.adapters") | {"rank": RANK, "rows": options.rows}
-    head |= {"clock": clock_name, "threads": threads}
+    head |= {"clock": clock_name, "threads": threads, "rounds": options.rounds or 5}
     if len(results) < len(KINDS) * len(CONTENDERS):
         return  # the stored table is of one complete run
     (RESULTS / "adapters.json").write_text(json.dumps(head | {"results": results}, indent=1) + "\n")

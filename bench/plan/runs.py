@@ -59,7 +59,7 @@ class Case:
     is_fitted: bool = False
 
 
-class _Enough(Exception):  # noqa: N818 - not an error
+class _Enough(Exception):
     """The trial is over, and nothing is to be trained."""
 
 

@@ -13,10 +13,9 @@ from bench.scale.sides import activation_bytes, ours, peak_of_step, stock
 from fastpost.planning.models import load_config
 from fastpost.planning.request import Request
 
-__all__ = ["BARS", "TILE", "Verdict", "row_batch"]
+__all__ = ["BARS", "Verdict", "row_batch", "tile_tokens"]
 
 GIB = 2**30
-TILE = 16_384  # tokens of an MLP at once, where MLPs are tiled
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,11 @@ class Verdict:
     bar: str
     found: str
     met: bool
+
+
+def tile_tokens(row: int) -> int:
+    """Tokens of an MLP at once, where MLPs are tiled: 16K, or an eighth of a longer row."""
+    return max(16_384, -(-row // 8))
 
 
 def row_batch(request: Request, rows: list[Row]) -> Any:
@@ -49,7 +53,9 @@ def _qlora() -> list[Verdict]:
 
     def run(tokens: int) -> Any:
         traces[tokens] = ours(
-            request, row_batch(request, [Row(0, 1, tokens - 1)]), tile_tokens=TILE
+            request,
+            row_batch(request, [Row(0, 1, tokens - 1)]),
+            tile_tokens=tile_tokens(tokens),
         )
         return traces[tokens]
 
@@ -95,9 +101,9 @@ def _held(held: dict[str, int]) -> str:
 
 
 BARS: dict[str, Callable[[], list[Verdict]]] = {
+    "QLoRA 70B": _qlora,
     "full 32B": lambda: _full("32B"),
     "full 70B": lambda: _full("70B"),
-    "QLoRA 70B": _qlora,
     "DPO 32B": _dpo,
     "GRPO 32B": _grpo,
 }

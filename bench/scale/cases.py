@@ -2,7 +2,7 @@
 
     full     8 x 80 GB, FSDP2. Ours: bf16 weights and 8-bit AdamW; TRL: fp32 weights, fused AdamW
     LoRA     8 x 80 GB, FSDP2, rank 64 on all linear layers; frozen weights bf16, adapters fp32
-    QLoRA    one 80 GB GPU, rank 32 on all linear layers; NF4, double quantisation. Ours: 8-bit AdamW
+    QLoRA    one 80 GB GPU, rank 32 on all linear layers; NF4 quantised doubly. Ours: 8-bit AdamW
 
 Both sides recompute every layer. A step is one batch a GPU, of the lengths in `lengths`.
 """

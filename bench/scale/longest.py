@@ -2,7 +2,7 @@
 
 Memory grows nearly linearly with the length of the one row a GPU computes. The line through two
 traced lengths says where it meets what the GPU has; that length is traced, and becomes one of the
-two, until it fits with less than 2 % to spare. What is returned has itself been traced and fits.
+two, until it fits with less than 3 % to spare. What is returned has itself been traced and fits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fastpost.planning.trace import Traced
 __all__ = ["Longest", "longest_that_fits"]
 
 STEP = 256  # lengths are multiples of it
-_TRACES = 7
-_SPARE = 0.02
+_TRACES = 6
+_SPARE = 0.03
 _BEYOND = 4_000_000  # no longer row is looked for
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 from torch import Tensor
 
+from bench.scale.tracer import SideTracer
 from bench.scale.trl_step import trace_stock
 from fastpost.planning import composition, trace
 from fastpost.planning.ledger import ACTIVATIONS, HEAD_WORKSPACE, KERNEL_WORKSPACE, Peak
@@ -33,7 +34,7 @@ def ours(
 def stock(request: Request, batch: Batch, *, config: Any = None) -> Traced:
     """Stock TRL's on the same batch."""
 
-    def trace_one(request: Request, config: Any) -> Traced:
+    def trace_one(request: Request, config: Any, **_: Any) -> Traced:
         return trace_stock(request, batch, config)
 
     with mock.patch.object(composition, "trace", trace_one):
@@ -81,6 +82,7 @@ def _planning(batch: Batch, tile_tokens: int | None) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(trace, "worst_batch", lambda *_: batch))
+        stack.enter_context(mock.patch.object(trace, "Tracer", SideTracer))
         if tile_tokens is not None:
             stack.enter_context(mock.patch.object(trace, "make_policy", tiled))
         yield

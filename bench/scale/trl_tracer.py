@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
+from bench.scale.tracer import SideTracer
 from fastpost.planning.ledger import KERNEL_WORKSPACE
-from fastpost.planning.tracer import Tracer
 
 __all__ = ["StockTracer"]
 
@@ -65,15 +65,15 @@ class _Attention(torch.autograd.Function):
         return (*(torch.empty_like(t) for t in (query, key, value)), None, None)
 
 
-class StockTracer(Tracer):
-    """A `Tracer` for TRL, PEFT and bitsandbytes as they are."""
+class StockTracer(SideTracer):
+    """A tracer of TRL, PEFT and bitsandbytes as they are."""
 
     def __init__(self) -> None:
         super().__init__("triton")
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """As `Tracer.tracing`, on the paths of a GPU."""
+        """As of its base, on the paths of a GPU."""
         with ExitStack() as stack:
             replaced = (
                 (trl_utils, "_use_triton", lambda _: True),
@@ -111,12 +111,15 @@ class StockTracer(Tracer):
     ) -> Any:
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return False if args[0].dtype == torch.bool else 0  # a metric, which nobody reads
-        if func is torch.ops._c10d_functional.wait_tensor.default:
-            return args[0]  # itself, of which a fake tensor would make a second one
         if func is _aten.masked_select.default and not isinstance(args[1], FakeTensor):
             chosen = self._positions(args[1].expand(args[0].shape).reshape(-1))[0]
             func, args = _aten.index_select.default, (args[0].reshape(-1), 0, chosen)
-        elif func.overloadpacket in (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_):
+        elif func.overloadpacket in (
+            _aten.index,
+            _aten.index_put,
+            _aten.index_put_,
+            _aten._index_put_impl_,
+        ):
             args = (args[0], self._integers(args[1]), *args[2:])
         if func is torch.ops.bitsandbytes.gemm_4bit.default:
             return self._four_bit(func, types, args, kwargs)

@@ -72,22 +72,25 @@ class Nf4Linear(nn.Linear):
         Raises:
             TypeError: something has cast the bytes or their scales.
         """
-        absmax_dtype = torch.float32 if self.nested_absmax is None else torch.uint8
-        if self.packed.dtype != self.storage or self.absmax.dtype != absmax_dtype:
+        # straight from the tables: a module's attributes cost ten times as much
+        packed, buffers = self._parameters["packed"], self._buffers
+        absmax, nested = buffers["absmax"], buffers["nested_absmax"]
+        assert packed is not None and absmax is not None
+        absmax_dtype = torch.float32 if nested is None else torch.uint8
+        if packed.dtype != self.storage or absmax.dtype != absmax_dtype:
             raise TypeError(
-                f"the bytes of a 4-bit layer were cast from {self.storage} to {self.packed.dtype} "
-                f"(absmax from {absmax_dtype} to {self.absmax.dtype}), which destroys them: cast "
+                f"the bytes of a 4-bit layer were cast from {self.storage} to {packed.dtype} "
+                f"(absmax from {absmax_dtype} to {absmax.dtype}), which destroys them: cast "
                 "the model with .to(dtype), not its parameters one by one"
             )
-        shape = (self.out_features, self.in_features)
         return Nf4Weight(
-            self.packed,
-            self.absmax,
-            shape,
+            packed,
+            absmax,
+            (self.out_features, self.in_features),
             self.block_size,
-            self.nested_absmax,
-            self.nested_code,
-            self.offset,
+            nested,
+            buffers["nested_code"],
+            buffers["offset"],
         )
 
     @property

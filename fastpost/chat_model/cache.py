@@ -23,6 +23,7 @@ from typing import Any
 
 from fastpost.chat_model.interface import (
     ChatModel,
+    ChoosingModel,
     Conversation,
     IdentifiedChatModel,
     Reply,
@@ -227,6 +228,29 @@ class CachedChatModel:
             return model.stream_user_turns(
                 [conversations[i] for i in missing], [seeds[i] for i in missing]
             )
+
+        yield from self._stream(keys, ask)
+
+    def stream_choices(
+        self,
+        conversations: Sequence[Conversation],
+        choices: Sequence[str],
+        *,
+        cache_as: Sequence[Any] | None = None,
+    ) -> Iterator[tuple[int, Reply | None]]:
+        """The likeliest of `choices` as the reply, of a model that can be held to them.
+
+        Raises:
+            TypeError: the model cannot.
+        """
+        model = self.model
+        if not isinstance(model, ChoosingModel):
+            raise TypeError(f"{type(model).__name__} cannot be held to choices; use a local model")
+        keys = self.keys(conversations, 0, cache_as)
+        keys = [content_digest(["choice", key, list(choices)]) for key in keys]
+
+        def ask(missing: list[int]) -> Iterator[tuple[int, Reply | None]]:
+            return model.stream_choices([conversations[i] for i in missing], choices)
 
         yield from self._stream(keys, ask)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 __all__ = [
     "ChatModel",
+    "ChoosingModel",
     "Conversation",
     "IdentifiedChatModel",
     "Reply",
@@ -114,6 +115,17 @@ class UserTurnModel(Protocol):
             conversations: a system message or none, and the turns so far; often all alike.
             seeds: one for each: what tells samples of one conversation apart.
         """
+        ...
+
+
+@runtime_checkable
+class ChoosingModel(Protocol):
+    """A model that can be held to a few replies, which takes its probabilities."""
+
+    def stream_choices(
+        self, conversations: Sequence[Conversation], choices: Sequence[str]
+    ) -> Iterator[tuple[int, Reply | None]]:
+        """The likeliest of `choices` as the reply to each conversation."""
         ...
 
 

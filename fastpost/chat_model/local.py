@@ -10,7 +10,7 @@ where that message's text would begin.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,7 +33,7 @@ _MARK = "fastpost user turn begins here"
 
 
 class LocalChatModel:
-    """A `ChatModel` and `UserTurnModel` of a transformers model.
+    """A `ChatModel`, `UserTurnModel` and `ChoosingModel` of a transformers model.
 
     Control tokens in a message's text, such as `<|im_end|>`, are broken up by a zero-width space.
 
@@ -107,15 +107,7 @@ class LocalChatModel:
         Raises:
             ValueError: what is given is no conversation.
         """
-        for conversation in conversations:
-            require_conversation(conversation)
-        texts = [
-            self.tokenizer.apply_chat_template(
-                self._plain(conversation), tokenize=False, add_generation_prompt=True
-            )
-            for conversation in conversations
-        ]
-        yield from self._continue(texts, [seed] * len(texts))
+        yield from self._continue(self._prompts(conversations), [seed] * len(conversations))
 
     def stream_user_turns(
         self, conversations: Sequence[Conversation], seeds: Sequence[int]
@@ -128,7 +120,46 @@ class LocalChatModel:
         for conversation in conversations:
             require_conversation(conversation)
         headers = [user_header(self.tokenizer, self._plain(c)) for c in conversations]
-        yield from self._continue(headers, seeds)
+        yield from self._continue(self._ids(headers), seeds)
+
+    def stream_choices(
+        self, conversations: Sequence[Conversation], choices: Sequence[str]
+    ) -> Iterator[tuple[int, Reply | None]]:
+        """argmax_c Σ_t log p(c_t | conversation, c_<t) for each conversation, at temperature 1.
+
+        Raises:
+            ValueError: what is given is no conversation, or a choice begins another one, whose
+                probability would then be part of its own.
+        """
+        for one in choices:
+            if sum(other.startswith(one) for other in choices) != 1:
+                raise ValueError(f"the choice {one!r} begins another one, or stands twice")
+        tails = [self.tokenizer(c, add_special_tokens=False)["input_ids"] for c in choices]
+        for place, prompt in enumerate(self._prompts(conversations)):
+            scores: list[float] = []
+            for first in range(0, len(tails), self.batch_size):
+                scores += self._logps(prompt, tails[first : first + self.batch_size])
+            yield place, Reply(choices[max(range(len(choices)), key=scores.__getitem__)])
+
+    @torch.no_grad()
+    def _logps(self, prompt: list[int], tails: list[list[int]]) -> list[float]:
+        """Log-prob of each continuation of one prompt."""
+        width = max(map(len, tails))
+        pad = int(self._config.pad_token_id)
+        # Padding stands after what is scored: causal attention does not see it.
+        ids = torch.tensor(
+            [prompt + tail + [pad] * (width - len(tail)) for tail in tails],
+            device=self.model.device,
+        )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            logits = self.model(input_ids=ids, logits_to_keep=width + 1).logits[:, :-1]
+        finally:
+            self.model.train(was_training)
+        targets = ids[:, -width:]
+        logps = logits.float().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0]
+        return [float(row[: len(tail)].sum()) for row, tail in zip(logps, tails, strict=True)]
 
     def _plain(self, conversation: Conversation) -> Conversation:
         """With the control tokens in the messages' texts broken up: no text can end its turn."""
@@ -137,12 +168,25 @@ class LocalChatModel:
             for message in conversation
         ]
 
+    def _prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """Tokens of each conversation up to where the reply begins."""
+        for conversation in conversations:
+            require_conversation(conversation)
+        return self._ids(
+            self.tokenizer.apply_chat_template(
+                self._plain(conversation), tokenize=False, add_generation_prompt=True
+            )
+            for conversation in conversations
+        )
+
+    def _ids(self, texts: Iterable[str]) -> list[list[int]]:
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
     def _continue(
-        self, texts: list[str], seeds: Sequence[int]
+        self, prompts: list[list[int]], seeds: Sequence[int]
     ) -> Iterator[tuple[int, Reply | None]]:
-        prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         # Prompts of like length share a batch: less padding.
-        order = sorted(range(len(texts)), key=lambda place: len(prompts[place]))
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
         for first in range(0, len(order), self.batch_size):
             places = order[first : first + self.batch_size]
             replies = self._batch([prompts[i] for i in places], [seeds[i] for i in places])

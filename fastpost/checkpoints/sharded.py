@@ -170,7 +170,10 @@ def read_about(folder: str | Path) -> dict[str, Any]:
     """
     about = read_state(folder, _ABOUT)
     if about is None or not is_sharded(folder):
-        raise ValueError(f"{folder} is not a sharded checkpoint: it has no folder {SHARDS!r}")
+        raise ValueError(
+            f"{folder} is not a sharded checkpoint (it has no folder {SHARDS!r}); transformers and "
+            "PEFT load other checkpoints as they are"
+        )
     if about["format"] != _FORMAT:
         raise ValueError(
             f"{folder} is of format {about['format']}, this version reads {_FORMAT}; install the "
@@ -303,7 +306,11 @@ def _optimizer_states(
     names = _names(model)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
-    for parameter, state in optimizer.state.items():
+    # In the order of the parameters: that of their first updates may differ from run to run.
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
         name = names[parameter]
         numbers[name] = {}
         for key, value in state.items():

@@ -30,6 +30,8 @@ COMMANDS = {
     "synthesise": "training rows made by a model: magpie, teacher, or rejection sampling",
     "doctor": "what this machine offers; --gpu checks its kernels, data FILE training data",
     "plan": "whether a run fits your GPUs, how fast and how much, predicted without one",
+    "run": "every stage of a recipe: data, training, alignment, evaluation, export",
+    "report": "one page about a run: curves, health, evaluation, samples, cost",
     "tune": "measure which kernels are faster on this GPU, and use those",
     "demo": "train a small model on this machine and see what it learnt",
 }

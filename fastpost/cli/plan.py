@@ -35,6 +35,7 @@ memory per GPU, FLOPs, time and disk. No weights, no network, no GPU.
   --checkpointing BOOL   recompute each layer in the backward (default true)
   --offload BOOL         what checkpointing keeps waits in host memory (default false)
   --optimizer-in-backward BOOL   update each layer in the backward, without clipping (default false)
+  --mlp-tile-tokens N    compute so many tokens of an MLP at a time (default all)
   --memory-budget-gb N   workspace of the language-model head
   --train-tokens N       of the whole training, to predict hours and money
   --auto FILE            find the rows, checkpointing, offloading and optimizer that are predicted
@@ -63,6 +64,7 @@ _NUMBERS: dict[str, Any] = {
     "checkpointing": bool,
     "offload": bool,
     "optimizer_in_backward": bool,
+    "mlp_tile_tokens": int,
     "memory_budget_gb": float,
     "train_tokens": float,
     **dict.fromkeys((*_GPU_FIELDS, *_GIB_FIELDS, *_ASSUMED), float),

@@ -23,8 +23,8 @@ class RewardedRunFields(RunFields):
 
     reward: str | list[str] = field(
         metadata={
-            "help": "Reward, or a list of them: maths, tags, code, FILE.py:FUNCTION, or the "
-            "folder or id of a reward model"
+            "help": "Reward, or a list of them: maths, tags, code, RULES.yaml, FILE.py:FUNCTION, "
+            "or the folder or id of a reward model"
         }
     )
 
@@ -33,10 +33,10 @@ def reward_functions(given: str | list[str]) -> list[Any]:
     """What a trainer takes as `reward_funcs`.
 
     Args:
-        given: names of `NAMES`, `FILE.py:FUNCTION`, or folders or ids of reward models.
+        given: names of `NAMES`, rule files, `FILE.py:FUNCTION`, or folders or ids of reward models.
 
     Raises:
-        UsageError: the file or the function is not there.
+        UsageError: the file or the function is not there, or a rule is wrong.
     """
     return [_reward(name) for name in ([given] if isinstance(given, str) else given)]
 
@@ -60,10 +60,23 @@ def _reward(name: str) -> Any:
         from fastpost.rewards.sandbox import Sandbox
 
         return code_reward(Sandbox())
+    if Path(name).suffix.lower() in (".yaml", ".yml"):
+        return _rules(Path(name).expanduser())
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _function(Path(file).expanduser(), function)
     return name
+
+
+def _rules(file: Path) -> Any:
+    from fastpost.rewards.rules import RulesReward
+
+    if not file.is_file():
+        raise UsageError(f"reward: there is no file {file}")
+    try:
+        return RulesReward.from_yaml(file)
+    except ValueError as error:
+        raise UsageError(f"reward: {error}") from error
 
 
 def _function(file: Path, function: str) -> Any:

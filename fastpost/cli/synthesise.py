@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
         inputs = _inputs(args)
         model = _model(args, cache)
         filters = _filters(args, cache)
-        estimate, make = _method(args, model, inputs, filters)
+        estimate, make, candidates = _method(args, model, inputs, filters)
+        if filters.judge is not None:
+            estimate = estimate + filters.judge.estimate(candidates, args.seconds_per_call)
         print(f"to be asked: {estimate}", flush=True)
         if args.estimate:
             return 0
@@ -126,47 +128,36 @@ def _filters(args: argparse.Namespace, cache: str) -> Filters:
 
 def _method(
     args: argparse.Namespace, model: CachedChatModel, inputs: list[Any], filters: Filters
-) -> tuple[Estimate, Callable[[], Made]]:
-    """What the method costs at most, and the method."""
+) -> tuple[Estimate, Callable[[], Made], int]:
+    """What the method costs at most, the method, and how many candidates it makes."""
     settings: dict[str, Any] = {"seed": args.seed, "filters": filters}
     timed = {"seed": args.seed, "seconds_per_call": args.seconds_per_call}
     if args.method == "magpie":
         from fastpost.synthesis.magpie import estimate_magpie, magpie
 
-        return estimate_magpie(model, args.count, turns=args.turns, **timed), lambda: magpie(
-            model, args.count, system=args.system, turns=args.turns, **settings
-        )
-    source = Path(args.data).name
+        settings |= {"system": args.system, "turns": args.turns}
+        estimate = estimate_magpie(model, args.count, turns=args.turns, **timed)
+        return estimate, lambda: magpie(model, args.count, **settings), args.count
+    settings["source"] = Path(args.data).name
     if args.method == "teacher":
         from fastpost.synthesis.teacher import estimate_teacher, teach
 
-        return estimate_teacher(model, inputs, per_topic=args.per_topic, **timed), lambda: teach(
-            model, inputs, per_topic=args.per_topic, source=source, **settings
-        )
+        settings["per_topic"] = args.per_topic
+        estimate = estimate_teacher(model, inputs, per_topic=args.per_topic, **timed)
+        return estimate, lambda: teach(model, inputs, **settings), len(inputs) * args.per_topic
     from fastpost.synthesis.rejection import estimate_rejection, sample_and_reject
 
     reward = _reward(args.reward)
-    return estimate_rejection(
-        model, inputs, samples=args.samples, **timed
-    ), lambda: sample_and_reject(
-        model,
-        inputs,
-        reward,
-        samples=args.samples,
-        keep=args.keep,
-        threshold=args.threshold,
-        source=source,
-        **settings,
+    settings |= {"samples": args.samples, "keep": args.keep, "threshold": args.threshold}
+    estimate = estimate_rejection(model, inputs, samples=args.samples, **timed)
+    return (
+        estimate,
+        lambda: sample_and_reject(model, inputs, reward, **settings),
+        len(inputs) * min(args.keep, args.samples),
     )
 
 
 def _reward(name: str) -> Any:
-    if Path(name).suffix.lower() in (".yaml", ".yml"):
-        from fastpost.rewards.rules import RulesReward
-
-        if not Path(name).is_file():
-            raise UsageError(f"reward: there is no file {name}")
-        return RulesReward.from_yaml(name)
     from fastpost.cli.rewards import NAMES, reward_functions
 
     [found] = reward_functions(name)

@@ -81,6 +81,9 @@ class RunFields:
     load_in_4bit: bool = _doc(
         "Keep the model's weights in 4 bits (NF4) below an adapter (QLoRA)", default=False
     )
+    record: bool = _doc(
+        "Watch the run's health, and keep its curves for fastpost report", default=False
+    )
 
     def lora_config(self, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
         """The PEFT configuration these fields ask for; None trains all weights."""
@@ -195,6 +198,10 @@ def run(
         peft_config=job.fields.lora_config(task_type),
         **more(job),
     )
+    if job.fields.record:
+        from fastpost.report.record import record_run  # heavy
+
+        record_run(trainer, command.name)
     return train_and_save(trainer, command.name)
 
 

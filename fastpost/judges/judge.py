@@ -18,6 +18,7 @@ from fastpost.chat_model.cache import CachedChatModel
 from fastpost.chat_model.estimate import estimate_calls
 from fastpost.chat_model.interface import (
     ChatModel,
+    ChoosingModel,
     Conversation,
     IdentifiedChatModel,
     ask_each,
@@ -58,17 +59,27 @@ class Judge:
         name: for reports; None takes the model's name for itself.
         attempts: replies asked for one question before the judge abstains.
         seed: of the first attempt.
+        weighs_choices: the reply is the likeliest of those that count, by the model's own
+            probabilities, in the place of sampled text: even a small local model gives a verdict
+            every time. For grades, pairs and up to four statements, by a `LocalChatModel`.
 
     Attributes:
         malformed: replies so far that had not the form asked for.
         missing: questions that got no reply.
 
     Raises:
-        ValueError: `attempts` is below 1, or neither judge nor model has a name.
+        ValueError: `attempts` is below 1, neither judge nor model has a name, or the model cannot
+            weigh choices.
     """
 
     def __init__(
-        self, model: ChatModel, *, name: str | None = None, attempts: int = 3, seed: int = 0
+        self,
+        model: ChatModel,
+        *,
+        name: str | None = None,
+        attempts: int = 3,
+        seed: int = 0,
+        weighs_choices: bool = False,
     ) -> None:
         if attempts < 1:
             raise ValueError(f"attempts is {attempts}; give at least 1")
@@ -76,14 +87,22 @@ class Judge:
             if not isinstance(model, IdentifiedChatModel):
                 raise ValueError("the model does not say its name; give the judge one")
             name = str(model.identity["model"])
+        inner = model.model if isinstance(model, CachedChatModel) else model
+        if weighs_choices and not isinstance(inner, ChoosingModel):
+            raise ValueError(
+                f"{type(inner).__name__} cannot weigh choices, which takes its probabilities; use "
+                "a LocalChatModel, or leave weighs_choices out"
+            )
         self.model, self.name, self.attempts, self.seed = model, name, attempts, seed
+        self.weighs_choices = weighs_choices
         self.malformed = self.missing = 0
 
     def answer(self, task: Task, rows: Sequence[Texts]) -> list[Any]:
         """The task's value for each row; None where the judge abstains.
 
         Raises:
-            ValueError: a row lacks a text, or holds something else.
+            ValueError: a row lacks a text, or holds something else; or choices are to be weighed
+                and the task has too many.
         """
         for row in rows:
             _require_texts(task, row)
@@ -170,10 +189,24 @@ class Judge:
 
     def _ask(self, task: Task, rows: Sequence[Texts], seed: int) -> list[str | None]:
         conversations = [_conversation(task, row) for row in rows]
-        if isinstance(self.model, CachedChatModel):
-            named = [_content(task, row) for row in rows]
-            return self.model(conversations, seed=seed, cache_as=named)
-        return in_order(ask_each(self.model, conversations, seed=seed), len(rows))
+        named = [_content(task, row) for row in rows]
+        model = self.model
+        if self.weighs_choices:
+            choices = task.choices
+            if choices is None:
+                raise ValueError(
+                    f"{type(task).__name__} has too many replies to weigh each; leave "
+                    "weighs_choices out, or ask less at once"
+                )
+            if isinstance(model, CachedChatModel):
+                return in_order(
+                    model.stream_choices(conversations, choices, cache_as=named), len(rows)
+                )
+            assert isinstance(model, ChoosingModel)
+            return in_order(model.stream_choices(conversations, choices), len(rows))
+        if isinstance(model, CachedChatModel):
+            return model(conversations, seed=seed, cache_as=named)
+        return in_order(ask_each(model, conversations, seed=seed), len(rows))
 
 
 def answer_rows(prompts: Sequence[str], answers: Sequence[str]) -> list[Texts]:

@@ -18,12 +18,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 __all__ = ["Comparison", "Criterion", "Grade", "Propositions", "Rubric", "Task", "read_object"]
 
 _BEST = 10
 _SHOWN = 200
+_WEIGHED_STATEMENTS = 4  # 16 replies
 _THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _FENCED = re.compile(r"\A```(?:json)?\s*\n(.*)\n\s*```\Z", re.DOTALL)
 
@@ -35,6 +37,7 @@ class Task(Protocol):
         texts: names of the texts that a row must hold.
         instructions: what to judge, before the texts.
         form: how to reply, after them.
+        choices: every reply that counts, where these are few.
     """
 
     @property
@@ -45,6 +48,11 @@ class Task(Protocol):
 
     @property
     def form(self) -> str: ...
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        """Every reply that counts; None where they are too many to weigh each."""
+        ...
 
     def value(self, reply: str) -> Any:
         """What a reply says.
@@ -75,6 +83,10 @@ class Grade:
     @property
     def form(self) -> str:
         return f'Reply with {{"grade": n}} alone, n a whole number of 0 (worst) to {_BEST} (best).'
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        return tuple(f'{{"grade": {n}}}' for n in range(_BEST + 1))
 
     def value(self, reply: str) -> float:
         return _grade(read_object(reply, ["grade"])["grade"])
@@ -120,6 +132,10 @@ class Rubric:
         keys = ", ".join(f"{json.dumps(c.name)}: n" for c in self.criteria)
         return f"Reply with {{{keys}}} alone, each n a whole number of 0 (worst) to {_BEST} (best)."
 
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        return None
+
     def value(self, reply: str) -> dict[str, float]:
         names = [criterion.name for criterion in self.criteria]
         found = read_object(reply, names)
@@ -159,6 +175,17 @@ class Propositions:
         keys = ", ".join(f'"{number}": t' for number in range(1, len(self.statements) + 1))
         return f"Reply with {{{keys}}} alone, each t true or false."
 
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        count = len(self.statements)
+        if count > _WEIGHED_STATEMENTS:
+            return None
+        names = [str(number) for number in range(1, count + 1)]
+        return tuple(
+            json.dumps(dict(zip(names, values, strict=True)))
+            for values in product((True, False), repeat=count)
+        )
+
     def value(self, reply: str) -> tuple[bool, ...]:
         names = [str(number) for number in range(1, len(self.statements) + 1)]
         found = read_object(reply, names)
@@ -188,6 +215,10 @@ class Comparison:
     @property
     def form(self) -> str:
         return 'Reply with {"better": "A"}, {"better": "B"} or {"better": "tie"} alone.'
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        return tuple(f'{{"better": "{name}"}}' for name in ("A", "B", "tie"))
 
     def value(self, reply: str) -> float:
         better = read_object(reply, ["better"])["better"]

@@ -15,7 +15,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from fastpost.data.rows import DataError
@@ -62,12 +61,11 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *reason: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder."""
         self._file.close()
 
     def __contains__(self, key: str) -> bool:

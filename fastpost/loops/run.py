@@ -133,7 +133,7 @@ class LoopRun:
         return self
 
     def __exit__(self, *reason: Any) -> None:
-        self.journal.__exit__(*reason)
+        self.journal.close()
 
     def _keep_start(self, model: PreTrainedModel) -> Path:
         """The model in memory as a folder, from which every stage can load it anew."""
@@ -321,7 +321,9 @@ def _last_numbers(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for entry in log_history:
         found |= {k: float(v) for k, v in entry.items() if isinstance(v, int | float)}
-    return {k: v for k, v in found.items() if not k.startswith(("train_", "total_flos", "step_time"))}
+    return {
+        k: v for k, v in found.items() if not k.startswith(("train_", "total_flos", "step_time"))
+    }
 
 
 def _digest(rows: Sequence[Row]) -> str:

@@ -1,8 +1,8 @@
 """A stage as a process: its command line, the files it reads, what it leaves.
 
-    folder/config.yaml     the fields of a training command, or of `fastpost mix`
-    folder/job.json        a stage that is no command of its own (loops, evaluations)
-    folder/model, rows.jsonl   what the stage makes
+folder/config.yaml     the fields of a training command, or of `fastpost mix`
+folder/job.json        a stage that is no command of its own (loops, evaluations)
+folder/model, rows.jsonl   what the stage makes
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def gpu_count(gpus: str | None) -> int:
 def _train(
     stage: Stage, fields: Mapping[str, Any], folder: Path, output: Path, gpus: str | None
 ) -> list[str]:
-    config = {"report_to": "none", "logging_steps": 1, "health": True, **fields}
+    config = {"report_to": "none", "logging_steps": 1, "record": True, **fields}
     config["output_dir"] = str(output)
     if output.is_dir() and last_complete_checkpoint(output)[0] is not None:
         config["resume_from_checkpoint"] = True
@@ -188,5 +188,3 @@ def _write_yaml(path: Path, fields: Mapping[str, Any]) -> None:
     with whole_file(path) as file:
         for name, value in fields.items():
             file.write(f"{name}: {json.dumps(value, ensure_ascii=False)}\n".encode())
-
-

@@ -287,9 +287,8 @@ _SCORER_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def _check_known(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for name in given:
         if name not in known:
-            raise RecipeError(
-                f"{where}: unknown {name!r}.{_hint(name, known) or f' Known: {", ".join(known)}.'}"
-            )
+            hint = _hint(name, known) or f" Known: {', '.join(known)}."
+            raise RecipeError(f"{where}: unknown {name!r}.{hint}")
 
 
 def _hint(name: Any, known: Any) -> str:

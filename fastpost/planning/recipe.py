@@ -48,6 +48,8 @@ def recipe_fields(request: Request) -> dict[str, Any]:
             fields["load_in_4bit"] = True
     if request.memory_budget_gb is not None:
         fields["memory_budget_gb"] = request.memory_budget_gb
+    if request.mlp_tile_tokens is not None:
+        fields["mlp_tile_tokens"] = request.mlp_tile_tokens
     if request.num_gpus > 1:
         fields |= {
             "fsdp": "full_shard",

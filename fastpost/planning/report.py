@@ -27,6 +27,8 @@ def settings(traced: Traced) -> str:
         ("checkpointing" if request.checkpointing else "no checkpointing")
         + (", offloaded" if request.offload else ""),
     ]
+    if request.mlp_tile_tokens is not None:
+        parts.append(f"MLPs in tiles of {request.mlp_tile_tokens:,} tokens")
     if request.samples:
         parts.append(f"rollouts from {request.rollout_dtype or 'the model'}")
     return ", ".join(parts)

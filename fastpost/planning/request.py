@@ -84,6 +84,7 @@ class Request:
             adapters apart; "fp32" computes in fp32.
         checkpointing: recompute each layer in the backward.
         offload: what checkpointing keeps waits in host memory.
+        mlp_tile_tokens: of an MLP computed at a time; None computes all at once.
         memory_budget_gb: workspace of the head in GiB; None takes the kernels' default.
 
     Raises:
@@ -108,6 +109,7 @@ class Request:
     rollout_dtype: str | None = None
     offload: bool = False
     optimizer_in_backward: bool = False
+    mlp_tile_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.method in NOT_PLANNED:
@@ -152,6 +154,8 @@ class Request:
             )
 
     def _check_memory(self) -> None:
+        if self.mlp_tile_tokens is not None and self.mlp_tile_tokens < 1:
+            raise ValueError(f"mlp_tile_tokens {self.mlp_tile_tokens}: expected 1 or more")
         if self.offload and not self.checkpointing:
             raise ValueError("offload moves what checkpointing keeps: it needs checkpointing true")
         if self.optimizer_in_backward and self.accumulation > 1:

@@ -24,6 +24,7 @@ from fastpost.planning.sharding import shard
 from fastpost.planning.tracer import Tracer
 from fastpost.pooling import PooledEngine
 from fastpost.scoring import Engine
+from fastpost.tiled_mlp import tile
 from fastpost_kernels import Nf4Weight
 
 __all__ = ["TracedEngine", "make_policy", "make_reference"]
@@ -134,6 +135,8 @@ def _install(request: Request, model: Any, on_gpu: bool, outputs: tuple[str, ...
         engine = TracedEngine(base, Head.of(base, memory_budget=budget), True, outputs)
     if on_gpu:
         _without_cpu_layers(base)
+    if request.mlp_tile_tokens is not None:
+        tile(base, request.mlp_tile_tokens)
     return engine
 
 

@@ -11,11 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastpost.chat_model.interface import Conversation
+from fastpost.chat_model.usage import Estimate
 from fastpost.data.near_duplicates import NearDuplicates
 from fastpost.data.rows import Row
 from fastpost.data.scripts import main_script
 from fastpost.data.units import words
+from fastpost.judges.judge import answer_rows
 from fastpost.judges.panel import Panel
+from fastpost.judges.tasks import Grade
 from fastpost.rewards.judge import prompt_text
 from fastpost.rewards.rules import no_refusal
 
@@ -23,6 +26,7 @@ __all__ = ["Filters", "JudgeFilter", "SynthesisReport", "drop_repeated", "drop_u
 
 _NO_REFUSAL = no_refusal()
 _SHOWN = 100
+_TEXT = 400  # characters
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class JudgeFilter:
     def __post_init__(self) -> None:
         if not 0 < self.min_score <= 1:
             raise ValueError(f"min_score is {self.min_score}; give a grade above 0, at most 1")
+
+    def estimate(self, rows: int, seconds_per_call: float | None = None) -> Estimate:
+        """At most what judging `rows` rows costs, a prompt and an answer taken to have 400
+        characters each; nothing is asked."""
+        texts = [f"{number} ".ljust(_TEXT, "x") for number in range(rows)]
+        return self.panel.estimate(
+            Grade(self.criteria), answer_rows(texts, texts), seconds_per_call=seconds_per_call
+        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from fastpost.checkpointed_layers import refuse_unused
 from fastpost.guards.options import refuse_options
 from fastpost.optimizer_in_backward import refuse_fields
 
@@ -90,6 +91,7 @@ def refuse_unsupported(args: Any) -> None:
         raise ValueError(f"memory_budget_gb must be positive, got {args.memory_budget_gb}")
     _refuse_optimizers(args)
     refuse_fields(args)
+    refuse_unused(args)
     if args.deepspeed is not None:
         raise ValueError(
             "deepspeed is not supported: its partitioned parameters cannot be read by the fused "

@@ -212,6 +212,7 @@ class EngineTrainer(ShardedCheckpoints):
             ValueError: no complete checkpoint is there, or it belongs to another objective or other
                 data.
         """
+        self._finish_saving()
         run_folder = super()._get_output_dir(trial)
         if self.args.should_save:
             for line in recover(run_folder):
@@ -299,6 +300,7 @@ class EngineTrainer(ShardedCheckpoints):
         if self._staging is not None:
             super().save_model(output_dir, _internal_call)
             return
+        self._finish_saving()
         folder = output_dir or self.args.output_dir
         staged = Path(folder, SAVING, "model")
         if self.args.should_save:

@@ -297,6 +297,8 @@ class ShardedCheckpoints(_Trainer):
         reasons = []
         if held.get("_buffered_inputs") is not None:
             reasons.append("rollouts that each process is still to be trained on")
+        if self.args.train_sampling_strategy == "group_by_length":
+            reasons.append("an order of rows that is drawn by rows of a process (group_by_length)")
         if is_sharded(checkpoint) and read_about(checkpoint)["optimizer"] == AdamW8bit.__name__:
             trained = (p for p in self.model.parameters() if p.requires_grad)
             shapes = [tuple(p.shape) for p in trained if p.numel() >= SMALL]

@@ -44,8 +44,7 @@ def worst_shape(trainer: Any, method: str) -> Shape:
     if method == "sft":
         return Shape(0, max(_lengths(data, "input_ids")))
     if method == "reward":
-        longest = max(max(pair) for pair in zip(*_pair(data), strict=True))
-        return Shape(0, longest)
+        return Shape(0, max(max(pair) for pair in zip(*_pair(data), strict=True)))
     if method == "dpo":
         rows = zip(_lengths(data, "prompt_ids"), *_pair(data), strict=True)
         found = [Shape(prompt, max(answers)) for prompt, *answers in rows]

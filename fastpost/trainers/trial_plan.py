@@ -51,8 +51,6 @@ def _request(trainer: Any, method: str, shape: Shape) -> Request:
     unknown = sorted(set(options) - set(_PLANNED_OPTIONS))
     if args.gradient_checkpointing and unknown:
         raise _NotPlannedError(f"activation_checkpointing_kwargs has {unknown}")
-    if args.mlp_tile_tokens is not None:
-        raise _NotPlannedError("mlp_tile_tokens is set")
     if args.torch_compile:
         raise _NotPlannedError("torch_compile is set")
     rows = args.per_device_train_batch_size
@@ -78,6 +76,7 @@ def _request(trainer: Any, method: str, shape: Shape) -> Request:
         checkpointing=args.gradient_checkpointing,
         offload=bool(args.gradient_checkpointing and options.get("offload")),
         memory_budget_gb=args.memory_budget_gb,
+        mlp_tile_tokens=args.mlp_tile_tokens,
         **sampling,
     )
 

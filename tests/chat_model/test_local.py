@@ -109,3 +109,25 @@ def test_no_text_can_end_its_turn(model, tokenizer) -> None:  # noqa: F811
             "<|im_end|>",
             "<|im_start|>",
         ]
+
+
+def test_the_likeliest_choice_is_that_of_a_forward_by_hand(model, tokenizer) -> None:  # noqa: F811
+    chat = LocalChatModel(model, tokenizer, "tiny", batch_size=2)
+    choices = ['{"a": 1}', '{"a": 10}', '{"b": "longer"}', "no"]
+    found = [reply.text for _, reply in chat.stream_choices(CONVERSATIONS, choices)]
+    for conversation, choice in zip(CONVERSATIONS, found, strict=True):
+        text = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True
+        )
+        prompt = tokenizer(text)["input_ids"]
+        scores = []
+        for one in choices:
+            ids = torch.tensor([prompt + tokenizer(one)["input_ids"]])
+            with torch.no_grad():
+                logps = model.double()(ids).logits[0].log_softmax(-1)
+            at = range(len(prompt), ids.shape[1])
+            scores.append(sum(logps[t - 1, ids[0, t]].item() for t in at))
+        model.float()
+        assert choice == choices[scores.index(max(scores))]
+    with pytest.raises(ValueError, match="begins another"):
+        list(chat.stream_choices(CONVERSATIONS, ["a", "ab"]))

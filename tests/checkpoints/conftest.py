@@ -21,6 +21,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs, with the models they begin from."""
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("SFT", "DPO"):
+    for name in ("SFT", "GRPO"):
         saved_model(name, folder)
     return folder

@@ -109,7 +109,7 @@ def train_while_saving(folder: str, **options: Any) -> None:
 
     def write_data(self: Any, *args: Any) -> Any:
         if "checkpoint-2" in str(self.path):
-            assert step_3.wait(timeout=60), "training did not go on"
+            assert step_3.wait(timeout=300), "training did not go on"
             assert not Path(folder, "checkpoint-2").exists()
         return stock(self, *args)
 

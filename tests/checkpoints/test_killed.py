@@ -75,9 +75,8 @@ def kill_often(
             return
 
 
-@pytest.mark.parametrize("is_sharded", [True, False], ids=["sharded", "plain"])
-def test_killed_a_few_times(is_sharded: bool, server: Server, runs: Path) -> None:
-    kill_often(server, runs, 3, seed=1, is_sharded=is_sharded)
+def test_killed_a_few_times(server: Server, runs: Path) -> None:
+    kill_often(server, runs, 3, seed=1, is_sharded=True)
 
 
 @pytest.mark.slow

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fastpost.checkpoints import block_scales
+from fastpost.checkpoints import block_scales, sharded
 from fastpost.checkpoints.block_scales import fill_scales, has_same_blocks
 from fastpost.checkpoints.sharded import (
     contents_of,
@@ -35,10 +36,11 @@ CASES: dict[str, dict[str, Any]] = {
     "8-bit-even": {"optimizer": "adamw_8bit", "dtype": "bfloat16", "vocabulary": 264},
     "lora": {"adapter": "lora", "prefix_sharing": False},
     "nf4-dora": {"adapter": "dora", "in_4_bits": True},
-    "dpo": {"method": "DPO"},
+    "in-backward": {"optimizer_in_backward": True},
+    "grpo": {"method": "GRPO", "beta": 0.1, "steps_per_generation": 2},
 }
 # A case is run whole once, in a folder of its name; others begin from copies.
-FAST = ("full", "lora")
+FAST = ("full",)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,21 @@ def test_other_numbers_of_processes_read_the_same_state(
 
 
 @pytest.mark.slow
+def test_replicas_go_on_in_one_process(server: Server, runs: Path) -> None:
+    """Of a run that does not shard: the same rows, and the loss since the last line is the mean."""
+    options = {"is_sharded": False, "logging_steps": 3}
+    whole, folder = runs / "replicas", runs / "replicas-to-1"
+    assert server.run("train", 2, folder=whole, **options) == [0, 0], server.errors()
+    shutil.copytree(whole / "checkpoint-2", folder / "checkpoint-2")
+    assert server.run("train", 1, folder=folder, resume=True, **options) == [0], server.errors()
+    (mine,), (theirs,) = log_of(folder), log_of(whole)
+    assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    one, other = (load_file(f / "checkpoint-4" / "model.safetensors") for f in (folder, whole))
+    for name, tensor in other.items():
+        torch.testing.assert_close(one[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
 def test_a_run_that_does_not_shard_goes_on_from_shards(server: Server, whole_run: Any) -> None:
     """Of adapters: on one GPU what eight have begun."""
     whole = whole_run("lora")
@@ -213,13 +230,18 @@ def test_checkpoints_that_a_sharded_run_cannot_have(
         trainer._refuse_unsavable()
 
 
-def test_rollouts_of_other_processes_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    trainer = build("GRPO", tmp_path / "run", tmp_path, max_steps=1, save_steps=1)
+@pytest.mark.parametrize(
+    ("case", "held"), [("GRPO", "rollouts"), ("SFT-by-length", "an order of rows")]
+)
+def test_what_belongs_to_other_processes_is_refused(
+    case: str, held: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    trainer = build(case, tmp_path / "run", tmp_path, max_steps=1, save_steps=1)
     trainer.train()
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     trainer._check_processes(checkpoint)
     monkeypatch.setattr("fastpost.trainers.sharded_checkpoints.num_processes", lambda folder: 2)
-    with pytest.raises(ValueError, match=r"written by 2 processes, this run has 1\. It holds roll"):
+    with pytest.raises(ValueError, match=rf"by 2 processes, this run has 1\. It holds {held}"):
         trainer._check_processes(checkpoint)
 
 
@@ -238,8 +260,12 @@ def test_what_fails_in_the_background_ends_the_run(server: Server, runs: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_is_saved_is_what_there_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_bytes", [1000, 2**30], ids=["file-a-tensor", "one-file"])
+def test_what_is_saved_is_what_there_was(
+    file_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tensors may change once `save_shards` has returned."""
+    monkeypatch.setattr(sharded, "_FILE_BYTES", file_bytes)
     torch.manual_seed(0)
     model = torch.nn.Linear(300, 200)
     model.register_buffer("scalar", torch.tensor(3.0))
@@ -252,6 +278,7 @@ def test_what_is_saved_is_what_there_was(tmp_path: Path) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
     saving.result()
+    assert (len(list((tmp_path / "shards").iterdir())) > 1) == (file_bytes == 1000)
     write_about(tmp_path, contents_of(model), model, optimizer)
     load_model(tmp_path, model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

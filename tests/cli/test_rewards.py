@@ -34,3 +34,15 @@ def test_what_is_missing_is_named(tmp_path) -> None:
     file.write_text("def short(completions):\n    return []\n")
     with pytest.raises(UsageError, match="no function shirt; it has short"):
         reward_functions(f"{file}:shirt")
+
+
+def test_a_rule_file(tmp_path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text("- {kind: contains, weight: 2, phrases: [moon]}\n")
+    (rules,) = reward_functions(str(file))
+    assert rules(prompts=["", ""], completions=["a moon", "none"]) == [2.0, 0.0]
+    file.write_text("- {kind: judged, statement: It rhymes.}\n")
+    with pytest.raises(UsageError, match="needs a judge"):
+        reward_functions(str(file))
+    with pytest.raises(UsageError, match="no file"):
+        reward_functions("absent.yaml")

@@ -11,7 +11,7 @@ import pytest
 
 from fastpost.chat_model.cache import CachedChatModel
 from fastpost.chat_model.endpoint import EndpointChatModel
-from fastpost.chat_model.interface import Sampling
+from fastpost.chat_model.interface import Reply, Sampling
 from fastpost.chat_model.usage import Price
 from fastpost.judges.delimiting import delimited
 from fastpost.judges.judge import Judge, answer_rows, both_orders
@@ -302,3 +302,35 @@ def test_the_estimate_comes_before_any_call(tmp_path: Path) -> None:
 def test_mistakes_are_named(make: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         make()
+
+
+class Chooser(FakeModel):
+    """Is held to choices: takes the one that names the answer's length."""
+
+    def stream_choices(self, conversations: Any, choices: Any) -> Any:
+        for place, conversation in enumerate(conversations):
+            message = conversation[-1]["content"]
+            self.messages.append(message)
+            yield place, Reply(choices[len(texts_of(message)["answer"]) % len(choices)])
+
+
+def test_choices_are_weighed_in_the_place_of_text(tmp_path: Path) -> None:
+    model = Chooser(lambda texts, seed: "Well...", "m")
+    for calls in (2, 0):
+        for wrapped in (model, CachedChatModel(model, tmp_path)):
+            before = len(model.messages)
+            judge = Judge(wrapped, weighs_choices=True)
+            assert judge.grade("c", ["p"] * 2, ["aaa", "a" * 10]) == [0.3, 1.0]
+            if wrapped is not model:
+                assert len(model.messages) == before + calls
+    judge = Judge(model, weighs_choices=True)
+    assert judge.holds(["One.", "Two."], ["p"], ["aa"]) == [(False, True)]
+    with pytest.raises(ValueError, match="too many replies"):
+        judge.holds(["One."] * 5, ["p"], ["aa"])
+    with pytest.raises(ValueError, match="too many replies"):
+        judge.rubric([Criterion("a", "x")], ["p"], ["aa"])
+    with pytest.raises(ValueError, match="cannot weigh choices"):
+        Judge(FakeModel(lambda texts, seed: "", "m"), weighs_choices=True)
+    for task in (Grade("c"), Comparison("c"), Propositions(("One.", "Two."))):
+        values = [task.value(choice) for choice in task.choices or ()]
+        assert len(set(values)) == len(values) > 2

@@ -53,7 +53,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path) -> None:
 
 
 def test_another_run_is_refused_with_what_differs(tmp_path) -> None:
-    Journal(tmp_path, ABOUT).__exit__(None, None, None)
+    Journal(tmp_path, ABOUT).close()
     with pytest.raises(DataError, match=r'options: \{"n": 4.* there, \{"n": 5'):
         Journal(tmp_path, ABOUT | {"options": {"n": 5}})
 

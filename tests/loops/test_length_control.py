@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from fastpost.loops.length_control import length_bias, length_control
 from fastpost.trainers.dpo import DPOTrainer
@@ -76,6 +80,65 @@ def test_dpo_ways_set_their_loss_and_report_lengths(
         "chosen_longer": 2 / 3,
     }
     assert "rewards/margins" in after
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "training"),
+    [
+        ("normalised", {}, {"beta": 2.0}),
+        ("penalised", {"ld_alpha": 0.0}, {}),
+        ("penalised", {"ld_alpha": 0.5}, {}),
+    ],
+)
+def test_the_loss_is_the_equation_of_the_way(
+    model, tokenizer, tmp_path, way, options, training
+) -> None:
+    """The second step's loss, from the weights after the first, against plain torch."""
+    whole = {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    fields = TRAINING | whole | training
+    rows = list(map(messages, PAIRS))
+    one, two = (
+        run_length_control(
+            model,
+            tokenizer,
+            tmp_path / str(steps),
+            way,
+            rows,
+            training=fields | {"max_steps": steps},
+            **options,
+        )
+        for steps in (1, 2)
+    )
+    policy = AutoModelForCausalLM.from_pretrained(one.checkpoint)
+    losses = []
+    for row in PAIRS:
+        sides = [
+            logratios(policy, model, tokenizer, row["prompt"], row[s])
+            for s in ("chosen", "rejected")
+        ]
+        if way == "normalised":
+            values = [side.mean() for side in sides]
+        else:
+            shared = min(map(len, sides))
+            values = [s[:shared].sum() + options["ld_alpha"] * s[shared:].sum() for s in sides]
+        beta = training.get("beta", 0.1)
+        losses.append(-torch.nn.functional.logsigmoid(beta * (values[0] - values[1])))
+    plain = torch.stack(losses).mean().item()
+    assert abs(plain - math.log(2)) > 5e-3
+    assert two.metrics[1]["loss"] == pytest.approx(plain, abs=2e-4)
+
+
+def logratios(policy, reference, tokenizer, prompt, text) -> torch.Tensor:
+    """Log-ratio of each token of an answer and of its end, in float64."""
+    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    whole = [*prompt, {"role": "assistant", "content": text}]
+    ids = torch.tensor([tokenizer.apply_chat_template(whole, return_dict=False)])
+    with torch.no_grad():
+        logps = [
+            m(input_ids=ids).logits.double().log_softmax(-1)[0, :-1] for m in (policy, reference)
+        ]
+    at = ids[0, 1:, None]
+    return (logps[0].gather(1, at) - logps[1].gather(1, at))[len(start) - 1 :, 0]
 
 
 def test_the_reward_is_less_what_exceeds_the_target(

@@ -54,9 +54,7 @@ def run_r1(model, tokenizer, folder, calls, rewards=solves, **options):
     )
 
 
-def test_stages_begin_where_the_paper_begins_them(
-    model, tokenizer, tmp_path, monkeypatch
-) -> None:
+def test_stages_begin_where_the_paper_begins_them(model, tokenizer, tmp_path, monkeypatch) -> None:
     begun = []
     for trainer_class in (SFTTrainer, GRPOTrainer):
 

@@ -187,10 +187,12 @@ def test_one_row_that_vanishes_is_zero() -> None:
 
 def test_opcheck() -> None:
     z, grad = torch.randn(2, 5, 7)
-    scale, bias = torch.randn(2, 7)
-    inputs = [t.requires_grad_() for t in (z.clone(), scale, bias)]
-    torch.library.opcheck(column_scale_fwd, (*inputs, "auto"))
-    torch.library.opcheck(column_scale_bwd, (grad, z, scale.detach(), True, True, "auto"))
+    magnitude, bias = torch.randn(2, 7)
+    norm = torch.rand(7) + 1
+    z, magnitude, bias = (t.clone().requires_grad_() for t in (z, magnitude, bias))
+    torch.library.opcheck(column_scale_fwd, (z, magnitude, norm, bias, "auto"))
+    fixed = (z.detach(), magnitude.detach(), norm)
+    torch.library.opcheck(column_scale_bwd, (grad, *fixed, True, True, "auto"))
 
 
 def test_refuses() -> None:

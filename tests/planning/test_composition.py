@@ -19,20 +19,34 @@ CONFIG = LlamaConfig(
 )
 CASES = {
     "one GPU": Request("tiny", seq=64),
-    "FSDP2, bf16": Request("tiny", seq=64, num_gpus=4, precision="bf16"),
+    "FSDP2, bf16, 8 bits": Request(
+        "tiny", seq=64, num_gpus=4, precision="bf16", optimizer="adamw_8bit"
+    ),
     "DPO, LoRA, accumulated": Request(
         "tiny", "dpo", seq=64, tokens_per_step=256, adapter=Adapter("lora", 8), checkpointing=False
+    ),
+    "DPO, LoRA, FSDP2": Request("tiny", "dpo", seq=64, adapter=Adapter("lora", 8), num_gpus=2),
+    "offloaded": Request("tiny", seq=256, offload=True),
+    "GRPO, reference, rollout copy": Request(
+        "tiny", "grpo", seq=64, rows=4, group=4, beta=0.1, rollout_dtype="bfloat16"
     ),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("DPO, LoRA, accumulated", "DPO, LoRA, FSDP2", "GRPO, reference, rollout copy")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
+)
 def test_composition_is_exact(name: str) -> None:
     whole, composed = trace(CASES[name], CONFIG), trace_composed(CASES[name], CONFIG)
     assert composed.peak.held == whole.peak.held
     assert composed.at_rest == whole.at_rest
     assert composed.flops == whole.flops
     assert composed.gathered == whole.gathered
+    assert composed.sampled == whole.sampled
+    assert composed.host_bytes == whole.host_bytes
     assert composed.num_parameters == whole.num_parameters
     assert composed.trained_bytes == whole.trained_bytes
     assert composed.peak.total > 0 and composed.total_flops > 0

@@ -135,6 +135,8 @@ def test_judges_filter_rows(tmp_path: Path, capsys: Any) -> None:
             "".join(f"- {{model: judge {i}, endpoint: '{server.url}'}}\n" for i in range(3))
         )
         argv = ["synthesise", *command(tmp_path, server.url, judges=file, criteria="sense")]
+        assert main([*argv, "--estimate"]) == 0 and server.received == []
+        assert "to be asked: 27 calls" in capsys.readouterr().out
         assert main([*argv, "--min-score", "0.9"]) == 0
         assert "6 dropped, judged below 0.9" in capsys.readouterr().out
         asked = len(server.received)

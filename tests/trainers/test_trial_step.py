@@ -31,6 +31,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+CHECKPOINTED = {"gradient_checkpointing": True}
+
+
 class Before(TrainerCallback):
     """What there is when the trial is over and before any batch is drawn."""
 
@@ -117,7 +120,7 @@ def test_the_planner_is_asked_what_the_trainer_runs(case: str, tmp_path, monkeyp
     assert request.precision == "fp32" and request.optimizer == "adamw"
     if case == "RLOO, LoRA":
         assert request.adapter == Adapter("lora", 4)
-        assert (request.method, request.beta, request.group) == ("rloo", 0.05, 4)
+        assert (request.method, request.beta, request.group) == ("rloo", 0.05, 2)
         longest = max(len(ids) for ids in prompts_of())
         assert (request.num_prompt, request.seq) == (longest, longest + 8)
 
@@ -136,7 +139,7 @@ def prompts_of() -> list[list[int]]:
     ("fields", "reason"),
     [
         ({"optim": "adafactor"}, "optim is adafactor"),
-        ({"mlp_tile_tokens": 16}, "mlp_tile_tokens"),
+        ({"activation_checkpointing_kwargs": {"every_n_layers": 2}} | CHECKPOINTED, "every_n"),
     ],
 )
 def test_what_is_not_planned_is_measured_all_the_same(fields, reason, tmp_path) -> None:

@@ -44,11 +44,22 @@ from .nf4_linear import nf4_linear
 __all__ = ["dora_linear", "dora_weight_norm", "row_square_norms", "scale_columns"]
 
 
-def _scale(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    """z [M, N] * scale [N] + bias [N]."""
+def _column(magnitude: Tensor, weight_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = statistics_dtype(dtype)
+    return magnitude.to(wide) / weight_norm.to(wide)
+
+
+def _scale(
+    z: Tensor,  # [M, N]
+    magnitude: Tensor,  # [N]
+    weight_norm: Tensor,  # [N]
+    bias: Tensor | None,  # [N]
+    backend: str,
+) -> Tensor:
+    """z * magnitude / weight_norm + bias."""
     backend = resolve_backend(backend, z.device, z.dtype)
     with torch.cuda.device_of(z):
-        return column_scale_forward(z, scale, bias, backend)
+        return column_scale_forward(z, _column(magnitude, weight_norm, z.dtype), bias, backend)
 
 
 column_scale_fwd = torch.library.custom_op(
@@ -57,22 +68,33 @@ column_scale_fwd = torch.library.custom_op(
 
 
 @column_scale_fwd.register_fake
-def _(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _(
+    z: Tensor, magnitude: Tensor, weight_norm: Tensor, bias: Tensor | None, backend: str
+) -> Tensor:
     return z.new_empty(z.shape)
 
 
 def _scale_gradients(
-    grad: Tensor, z: Tensor, scale: Tensor, need_z: bool, need_scale: bool, backend: str
+    grad: Tensor,
+    z: Tensor,
+    magnitude: Tensor,
+    weight_norm: Tensor,
+    need_z: bool,
+    need_magnitude: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """d z and d scale; the one not needed has no elements."""
+    """d z and d magnitude, in the dtype of each; the one not needed has no elements."""
     backend = resolve_backend(backend, z.device, z.dtype)
+    column = _column(magnitude, weight_norm, z.dtype)
     with torch.cuda.device_of(z):
-        d_z, d_scale = column_scale_backward(
-            grad, z if need_scale else None, scale, need_z, backend
+        d_z, d_column = column_scale_backward(
+            grad, z if need_magnitude else None, column, need_z, backend
         )
     return (
         z.new_empty(0) if d_z is None else d_z,
-        scale.new_empty(0) if d_scale is None else d_scale,
+        magnitude.new_empty(0)
+        if d_column is None
+        else (d_column / weight_norm.to(d_column.dtype)).to(magnitude.dtype),
     )
 
 
@@ -83,50 +105,68 @@ column_scale_bwd = torch.library.custom_op(
 
 @column_scale_bwd.register_fake
 def _(
-    grad: Tensor, z: Tensor, scale: Tensor, need_z: bool, need_scale: bool, backend: str
+    grad: Tensor,
+    z: Tensor,
+    magnitude: Tensor,
+    weight_norm: Tensor,
+    need_z: bool,
+    need_magnitude: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return (
         z.new_empty(z.shape if need_z else (0,)),
-        scale.new_empty(scale.shape if need_scale else (0,)),
+        magnitude.new_empty(magnitude.shape if need_magnitude else (0,)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, scale, bias, ctx.backend = inputs
-    ctx.save_for_backward(z, scale)
+    z, magnitude, weight_norm, bias, ctx.backend = inputs
+    ctx.save_for_backward(z, magnitude, weight_norm)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    z, scale = ctx.saved_tensors
-    need_z, need_scale, need_bias, _ = ctx.needs_input_grad
-    d_z, d_scale = _call_scale_gradients(grad, z, scale, need_z, need_scale, ctx.backend)
+    need_z, need_magnitude, _, need_bias, _ = ctx.needs_input_grad
+    d_z, d_magnitude = _call_scale_gradients(
+        grad, *ctx.saved_tensors, need_z, need_magnitude, ctx.backend
+    )
     return (
         d_z if need_z else None,
-        d_scale if need_scale else None,
+        d_magnitude if need_magnitude else None,
+        None,
         grad.sum(0, dtype=ctx.bias_dtype) if need_bias else None,
         None,
     )
 
 
 _call_scale_gradients = DirectOp(column_scale_bwd, _scale_gradients)
-_call_scale = DirectOp(column_scale_fwd, _scale, (0, 1, 2), _setup_context, _backward)
+_call_scale = DirectOp(column_scale_fwd, _scale, (0, 1, 3), _setup_context, _backward)
 
 
 def _no_flops(*args: Any, **kwargs: Any) -> int:
     return 0  # torch's counter counts multiplications of matrices only
 
 
-def _forward_workspace(z: Tensor, scale: Tensor, bias: Tensor | None, backend: str) -> int:
-    wide = 2 * z.numel() * scale.itemsize if backend == "torch" else 0
-    return wide + _row_copies(z) + 2 * scale.numel() * scale.itemsize
+def _forward_workspace(
+    z: Tensor, magnitude: Tensor, weight_norm: Tensor, bias: Tensor | None, backend: str
+) -> int:
+    itemsize = statistics_dtype(z.dtype).itemsize
+    wide = 2 * z.numel() * itemsize if backend == "torch" else 0
+    return wide + _row_copies(z) + 5 * magnitude.numel() * itemsize
 
 
 def _backward_workspace(
-    grad: Tensor, z: Tensor, scale: Tensor, need_z: bool, need_scale: bool, backend: str
+    grad: Tensor,
+    z: Tensor,
+    magnitude: Tensor,
+    weight_norm: Tensor,
+    need_z: bool,
+    need_magnitude: bool,
+    backend: str,
 ) -> int:
-    wide = 3 * z.numel() * scale.itemsize if backend == "torch" else 0
-    partials = (len(z) // 512 + 1) * scale.numel() * scale.itemsize
+    itemsize = statistics_dtype(z.dtype).itemsize
+    wide = 3 * z.numel() * itemsize if backend == "torch" else 0
+    partials = (len(z) // 512 + 5) * magnitude.numel() * itemsize
     return wide + partials + _row_copies(grad, z)
 
 
@@ -230,15 +270,17 @@ def dora_linear(
         ValueError, TypeError: as `lora_linear`; a magnitude or norm that is not [N].
     """
     _check_columns(weight.shape[0], magnitude, weight_norm)
+    flat = x if x.dim() < 3 else x.reshape(-1, x.shape[-1])
     if isinstance(weight, Nf4Weight):
         z = nf4_linear(
-            x, weight, a=a, b=b, scale=scale, dropout_p=dropout_p, seed=seed, backend=backend
+            flat, weight, a=a, b=b, scale=scale, dropout_p=dropout_p, seed=seed, backend=backend
         )
     else:
         z = lora_linear(
-            x, weight, None, a, b, scale, dropout_p=dropout_p, seed=seed, backend=backend
+            flat, weight, None, a, b, scale, dropout_p=dropout_p, seed=seed, backend=backend
         )
-    return scale_columns(z, magnitude, weight_norm, bias, backend=backend)
+    y = scale_columns(z, magnitude, weight_norm, bias, backend=backend)
+    return y if x.dim() < 3 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def scale_columns(
@@ -255,10 +297,10 @@ def scale_columns(
         ValueError: a magnitude or norm that is not [N].
     """
     _check_columns(z.shape[-1], magnitude, weight_norm)
-    wide = statistics_dtype(z.dtype)
-    column = magnitude.to(wide) / weight_norm.detach().to(wide)
-    flat = z.view(-1, z.shape[-1])
-    return _call_scale(flat, column, bias, backend).view(z.shape)
+    # a view is one more node of autograd
+    flat = z if z.dim() == 2 else z.view(-1, z.shape[-1])
+    y = _call_scale(flat, magnitude, weight_norm.detach(), bias, backend)
+    return y if z.dim() == 2 else y.view(z.shape)
 
 
 def _check_columns(outputs: int, magnitude: Tensor, weight_norm: Tensor) -> None:

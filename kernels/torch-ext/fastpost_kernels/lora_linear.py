@@ -350,7 +350,7 @@ def lora_linears(
     a = layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])
     absent = x.new_empty(0)
     found = _call_forward(
-        x.reshape(-1, x.shape[-1]),
+        x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
         [layer.weight for layer in layers],
         [absent if layer.bias is None else layer.bias for layer in layers],
         a,
@@ -360,7 +360,9 @@ def lora_linears(
         seed,
         backend,
     )
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in found[:-1]]
+    ys = list(found[:-1])
+    # a view is one more node of autograd
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def lora_linear(

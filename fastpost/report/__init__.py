@@ -1,0 +1,1 @@
+"""What a run was, on one page: `record` keeps it while it runs, `fastpost report` shows it."""

@@ -330,9 +330,14 @@ def _fits(adapter: Adapter, x: Tensor) -> bool:
     return x.dtype == adapter.weight.dtype
 
 
-@torch.compiler.disable  # what it keeps changes every step, and would be compiled in
 def _weight_norm(module: nn.Module, adapter: Adapter) -> Tensor:
     """DoRA's norm, computed once per optimizer step."""
+    # the wrapper that keeps compilers out costs more than finding a norm that is kept
+    find = _hidden_norm if torch.compiler.is_compiling() else _kept_norm
+    return find(module, adapter)
+
+
+def _kept_norm(module: nn.Module, adapter: Adapter) -> Tensor:
     a, b = adapter.a, adapter.b
     plain = adapter.weight if isinstance(adapter.weight, Tensor) else adapter.weight.packed
     base = (plain.data_ptr(), plain._version, plain.device)
@@ -347,6 +352,10 @@ def _weight_norm(module: nn.Module, adapter: Adapter) -> Tensor:
     norm = dora_weight_norm(adapter.weight, a.detach(), b.detach(), adapter.scale, square)
     _NORMS[module] = _Norms(key, square, norm)
     return norm
+
+
+# what is kept changes every step, and would be compiled in
+_hidden_norm = torch.compiler.disable(_kept_norm)
 
 
 def _is_plain(tensor: Any) -> bool:

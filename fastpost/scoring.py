@@ -246,14 +246,11 @@ class Engine(PackedBackbone):
                 if refusal is not None:
                     self.unpackable_reason = refusal
                     self.fall_back(f"packing refused: {refusal}")
+            head = self.model.get_output_embeddings()
             if isinstance(self.model, FSDPModule):
                 # Last norm and head may be one unit, which is given back once both have run.
-                head = self.model.get_output_embeddings()
-                head(
-                    torch.zeros(
-                        1, head.in_features, dtype=self.model.dtype, device=head.weight.device
-                    )
-                )
+                hidden = torch.zeros(1, head.in_features, dtype=self.model.dtype)
+                head(hidden.to(head.weight.device))
         self.packed_forwards = 0
         return ", ".join(found)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from bench.scale import __main__ as command
 from bench.scale.bars import BARS
 from bench.scale.cases import every_case
 from bench.scale.lengths import MAX_LENGTH, as_batch, preference_rows, uniform_rows
 from bench.scale.longest import STEP, longest_that_fits
+from bench.scale.report import report
 from bench.scale.sides import activation_bytes, ours, peak_of_step, stock
 from fastpost.planning.ledger import OPTIMIZER, PARAMETERS, REFERENCE, Peak
 from fastpost.planning.request import Adapter, Request
@@ -130,6 +133,19 @@ def test_the_longest_row_is_found(bend: float) -> None:
     assert 0.95 * usable < found.peak_bytes <= usable
     assert peak_of_step(run(found.tokens)).total == found.peak_bytes
     assert longest_that_fits(run, 500).tokens == 0
+
+
+def test_parts_are_stored_beside_each_other(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    bar = {"bar": "it fits", "found": "1 of 2 GiB", "met": True}
+    far = {"model": "8B", "adapter": "full", "way": "TRL", "tokens": 4096, "peak_bytes": 1}
+    command.store({"bar": [bar]})
+    command.store({"longest": [far]})
+    stored = json.loads((tmp_path / "scale.json").read_text())
+    assert stored["bar"]["rows"] == [bar] and stored["longest"]["rows"] == [far]
+    assert {"machine", "versions", "commit", "command"} <= set(stored["bar"])
+    lines = report({part: stored[part]["rows"] for part in stored})
+    assert "| it fits | 1 of 2 GiB | met |" in lines and "| 8B full | 4,096 |  |  |" in lines
 
 
 @pytest.mark.slow

@@ -20,12 +20,21 @@ from bench.scale.report import report
 
 __all__: list[str] = []
 
+PARTS = ("bar", "step", "longest")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows that contain all words")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help="bar, step, longest, a model, a method, an adapter: rows with all",
+    )
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--store", action="store_true", help="write bench/results/scale.json")
+    parser.add_argument(
+        "--store", action="store_true", help="the whole parts traced, in bench/results/scale.json"
+    )
     options = parser.parse_args()
     jobs: dict[str, tuple[Any, ...]] = {f"bar {name}": (bar, name) for name in BARS}
     jobs |= {f"step {case}": (compare, case) for case in every_case()}
@@ -49,16 +58,21 @@ def main() -> None:
             found[futures[future]], spent = future.result()
             seconds += spent
             print(f"  traced {futures[future]}: {spent:.0f} s", flush=True)
-    result = {
-        "bars": [row for name in jobs if name.startswith("bar") for row in found[name]],
-        "steps": [found[name] for name in jobs if name.startswith("step")],
-        "longest": [found[name] for name in jobs if name.startswith("longest")],
-        "processor_seconds": round(seconds),
-    }
-    print("\n".join(report(result)))
-    if options.store and not words:
-        path = RESULTS / "scale.json"
-        path.write_text(json.dumps(describe("bench.scale") | result, indent=1) + "\n")
+    rows = {part: [found[name] for name in jobs if name.startswith(part)] for part in PARTS}
+    rows["bar"] = [row for verdicts in rows["bar"] for row in verdicts]
+    print("\n".join([*report(rows), "", f"Traced in {seconds:.0f} s of one processor."]))
+    if options.store:
+        whole = [part for part in PARTS if rows[part] and set(words) <= {part}]
+        store({part: rows[part] for part in whole})
+
+
+def store(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Puts parts that were traced whole in the place of those stored."""
+    path = RESULTS / "scale.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    about = describe("bench.scale")
+    stored |= {part: about | {"rows": rows[part]} for part in rows}
+    path.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ where that message's text would begin.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -136,29 +137,30 @@ class LocalChatModel:
                 raise ValueError(f"the choice {one!r} begins another one, or stands twice")
         tails = [self.tokenizer(c, add_special_tokens=False)["input_ids"] for c in choices]
         for place, prompt in enumerate(self._prompts(conversations)):
-            scores: list[float] = []
-            for first in range(0, len(tails), self.batch_size):
-                scores += self._logps(prompt, tails[first : first + self.batch_size])
+            scores = self._logps(prompt, tails)
             yield place, Reply(choices[max(range(len(choices)), key=scores.__getitem__)])
 
     @torch.no_grad()
     def _logps(self, prompt: list[int], tails: list[list[int]]) -> list[float]:
-        """Log-prob of each continuation of one prompt."""
-        width = max(map(len, tails))
+        """Log-prob of each continuation of one prompt, which is read once."""
+        device, width = self.model.device, max(map(len, tails))
         pad = int(self._config.pad_token_id)
         # Padding stands after what is scored: causal attention does not see it.
-        ids = torch.tensor(
-            [prompt + tail + [pad] * (width - len(tail)) for tail in tails],
-            device=self.model.device,
-        )
+        ids = torch.tensor([tail + [pad] * (width - len(tail)) for tail in tails], device=device)
         was_training = self.model.training
         self.model.eval()
         try:
-            logits = self.model(input_ids=ids, logits_to_keep=width + 1).logits[:, :-1]
+            read = self.model(
+                input_ids=torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1
+            )
+            read.past_key_values.batch_repeat_interleave(len(tails))
+            kept = {_cache_argument(self.model): read.past_key_values}
+            rest = self.model(input_ids=ids, use_cache=True, **kept)
         finally:
             self.model.train(was_training)
-        targets = ids[:, -width:]
-        logps = logits.float().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0]
+        # The token at t is predicted at t - 1; the first one where the prompt ends.
+        logits = torch.cat([read.logits.expand(len(tails), -1, -1), rest.logits[:, :-1]], dim=1)
+        logps = logits.float().log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
         return [float(row[: len(tail)].sum()) for row, tail in zip(logps, tails, strict=True)]
 
     def _plain(self, conversation: Conversation) -> Conversation:
@@ -227,6 +229,12 @@ def user_header(tokenizer: Any, conversation: Conversation) -> str:
             "turn can be continued only where it stands once, as it is"
         )
     return rendered[: rendered.index(_MARK)]
+
+
+def _cache_argument(model: Any) -> str:
+    """What the model's forward calls the keys and values so far; transformers renames it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, Any]:

@@ -72,7 +72,7 @@ def constitutional(
         The last model; metrics of the start (`iteration` 0), the revisions' SFT (1) and the
         feedback (2): `rows` trained on, `lost` (prompts without a reply), and of the feedback
         `ties` (no preference), `unjudged` (no verdict), `single_judged` (rows that one judge
-        decided); the trainer's and `evaluate`'s figures.
+        decided) and the reward model's figures (`reward_model/...`); the trainer's and `evaluate`'s.
 
     Raises:
         ValueError: an option out of range, a malformed constitution, no rows for a stage.
@@ -131,6 +131,8 @@ def constitutional(
             graded_by = run.train(
                 "2-reward", RewardTrainer, RewardConfig, reward or {}, supervised, preferred
             )
+            figures = run.trained("2-reward")
+            counts |= {f"reward_model/{name}": value for name, value in figures.items()}
             stage = f"3-{feedback}"
             trainer_class, config_class = _RL[feedback]
             last = run.train(
@@ -192,7 +194,7 @@ def _preferred(
     judge: PairJudge,
     prompts: Sequence[Conversation],
     model: Path,
-) -> tuple[list[Row], dict[str, int]]:
+) -> tuple[list[Row], dict[str, float]]:
     """Preference rows from two different answers to each prompt, and what was left out."""
     stage = "2-preferences"
     answers = draw(run, f"{stage}/sample", sampler, model, prompts, 2)
@@ -216,7 +218,7 @@ def _preferred(
         chosen, rejected = answers[i] if value > 0.5 else reversed(answers[i])
         provenance = {"principle": principle.name, "single_judged": is_single}
         rows.append(preference_row(prompts[i], chosen, rejected) | provenance)
-    counts = {
+    counts: dict[str, float] = {
         "lost": len(prompts) - len(drawn),
         "ties": sum(value == 0.5 for value, _ in verdicts.values()),
         "unjudged": sum(value is None for value, _ in verdicts.values()),

@@ -25,8 +25,9 @@ from fastpost.pipeline.chain import TemplateChain, watch_reference
 from fastpost.pipeline.commands import command_of, output_of, work_command, write_json
 from fastpost.pipeline.digests import Digests
 from fastpost.pipeline.evaluation import Regression, best_so_far, regressions, table
-from fastpost.pipeline.recipe import Pipeline, RecipeError, Stage
+from fastpost.pipeline.recipe import TRAINED_KINDS, Pipeline, RecipeError, Stage
 from fastpost.pipeline.run_facts import run_facts
+from fastpost.report.reading import RECORD, StageRead, read_training
 
 __all__ = ["Regression", "Run", "StageFailed"]
 
@@ -133,6 +134,7 @@ class Run:
             record["seconds"] = spent + time.time() - started
             write_json(folder / "stage.json", record)
         output = _chosen(stage, folder)
+        _refuse_stopped(stage, output)
         if before and watch_reference(stage, fields, self._digests) != before:
             raise ValueError(
                 f"stage {stage.name}: {before['model']}, which it is compared with, changed while "
@@ -275,6 +277,24 @@ def _chosen(stage: Stage, folder: Path) -> Path:
     if result is not None:
         return Path(result["checkpoint"])
     return output_of(stage, folder)
+
+
+def _refuse_stopped(stage: Stage, output: Path) -> None:
+    """A training that its health monitor ended is not a finished one.
+
+    Raises:
+        StageFailed: with what was found.
+    """
+    if stage.kind not in TRAINED_KINDS or not (output / RECORD).is_file():
+        return
+    found = StageRead(stage.name, stage.kind)
+    read_training(output / RECORD, found)
+    for finding in found.health:
+        if finding["action"] == "stop":
+            raise StageFailed(
+                f"stage {stage.name} was stopped by its health monitor at step {finding['step']}: "
+                f"{finding['illness']}; {finding['figures']}; try: {finding['fix']}"
+            )
 
 
 def _files(path: Path) -> list[Path]:

@@ -131,8 +131,11 @@ def _small_rows(shape: str, seed: int, held_out: bool) -> list[Row]:
     if shape == "sft":
         return list(tasks.sft_rows(_ROWS, seed, held_out=held_out))
     entries = tasks.problems(_ROWS, seed, held_out=held_out)
-    if shape == "texts":  # without the system prompt, which all problems share
-        return [{"text": entry["question"]} for entry in entries]
+    if (
+        shape == "texts"
+    ):  # without the system prompt, which all problems share; long enough to match
+        solved = [f"{entry['question']} {tasks.solution(entry)}" for entry in entries]
+        return [{"text": "\n".join(solved)}]
     if shape == "pairs":
         # an answer that is one off: wrong, and written as the right one is
         wrong = [tasks.solution(entry) + "1" for entry in entries]

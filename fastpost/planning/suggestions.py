@@ -110,6 +110,8 @@ def _cheap(request: Request) -> Iterator[tuple[str, Request]]:
         yield "--checkpointing true", replace(request, checkpointing=True)
     if request.checkpointing and not request.offload:
         yield "--offload true", replace(request, offload=True)
+    if request.rollout_dtype is not None:
+        yield "no --rollout-dtype, to sample from the model", replace(request, rollout_dtype=None)
     if request.rows > 1 and not request.samples:
         yield "--rows 1", replace(request, rows=1)
     if request.accumulation == 1 and not request.optimizer_in_backward and not request.adapter:

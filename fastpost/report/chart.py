@@ -119,4 +119,6 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def _short(value: float) -> str:
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
         return f"{value:.1e}"
+    if abs(value) < 1:
+        return f"{value:.3g}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

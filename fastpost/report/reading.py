@@ -107,7 +107,8 @@ def _stage(folder: Path, name: str, facts: dict[str, Any]) -> StageRead | None:
         stage.bytes, stage.inputs = record.get("bytes"), record["inputs"]
     elif evaluation is None:
         return None
-    if (folder / "model" / RECORD).is_file():
+    # Merged models have the files of their base beside their weights, its record among them.
+    if stage.kind not in ("merge", "export") and (folder / "model" / RECORD).is_file():
         read_training(folder / "model" / RECORD, stage)
     if evaluation is not None:
         stage.scores, stage.samples = evaluation["scores"], evaluation["samples"]
@@ -151,6 +152,8 @@ def read_training(path: Path, stage: StageRead) -> None:
     before = {"seconds": 0.0, "tokens": 0.0}
     for log in logs:
         step = float(log["step"])
+        if "train_runtime" in log["logs"]:
+            continue  # what transformers says at the end, at the last step once more
         for name, value in log["logs"].items():
             if not name.startswith(("train_", "total_flos", "epoch")):
                 stage.curves.setdefault(name, []).append((step, value))

@@ -76,7 +76,7 @@ class ShardedCheckpoints(_Trainer):
         Raises:
             ValueError: names the option and what to use instead.
         """
-        if not self.is_fsdp_enabled:
+        if not self._will_shard():
             return
         contents_of(self.model)
         if self.args.save_on_each_node:
@@ -90,8 +90,12 @@ class ShardedCheckpoints(_Trainer):
                 "hub_strategy='end', or upload what `fastpost export` makes of one"
             )
 
+    def _will_shard(self) -> bool:
+        return self.is_fsdp_enabled or self._model_is_sharded()
+
     def _model_is_sharded(self) -> bool:
-        # It is whole until training begins.
+        # With `fsdp` it is whole until training begins. Around a base that transformers spread at
+        # loading, adapters are whole in every process, and saved as those of any other model.
         return isinstance(self.model, FSDPModule)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -284,10 +288,10 @@ class ShardedCheckpoints(_Trainer):
             ValueError: it holds what belongs to each process, and there were more or fewer; it was
                 not sharded, and this run shards.
         """
-        if self.is_fsdp_enabled and not _has_shards(checkpoint):
+        if self._will_shard() and not _has_shards(checkpoint):
             raise ValueError(
-                f"{checkpoint} is of a model that was not sharded, this run shards (fsdp): resume "
-                "it without fsdp, or start from its weights: model=<checkpoint>, in another "
+                f"{checkpoint} is of a model that was not sharded, this run shards (FSDP2): resume "
+                "it without, or start from its weights: model=<checkpoint>, in another "
                 "output_dir"
             )
         before, now = num_processes(checkpoint), self.args.world_size
@@ -302,7 +306,7 @@ class ShardedCheckpoints(_Trainer):
         if is_sharded(checkpoint) and read_about(checkpoint)["optimizer"] == AdamW8bit.__name__:
             trained = (p for p in self.model.parameters() if p.requires_grad)
             shapes = [tuple(p.shape) for p in trained if p.numel() >= SMALL]
-            shards = (before, now if self.is_fsdp_enabled else 1)
+            shards = (before, now if self._will_shard() else 1)
             reasons += [
                 f"8-bit states of a weight {list(shape)}, whose blocks depend on the processes"
                 for shape in shapes

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.forked import Server
-from tests.trainers.methods import saved_model
+from tests.trainers.methods import causal_model, saved_model
 
 
 @pytest.fixture(scope="session")
@@ -23,4 +23,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name in ("SFT", "GRPO"):
         saved_model(name, folder)
+    # A head that is its embedding is refused where transformers spreads the model.
+    causal_model(tie_word_embeddings=False).save_pretrained(folder / "SFT-policy-untied")
     return folder

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from peft import LoraConfig
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.distributed import DistributedConfig
 
 import fastpost
 from fastpost import load_nf4
@@ -43,16 +44,24 @@ def make_trainer(
     rows: int = 4,
     dtype: str = "float32",
     vocabulary: int | None = None,
+    at_loading: bool = False,
     **config: Any,
 ) -> Any:
     """A trainer of `rows` rows a step, whatever the number of processes; the same every time."""
-    if is_sharded:
+    if at_loading:
+        dist.init_process_group("gloo")
+    elif is_sharded:
         shard_on_cpus()
         config["fsdp"] = True
     kind, processes = METHODS[method], int(os.environ["WORLD_SIZE"])
     saved = Path(folder).parent / f"{method}-policy"
     if in_4_bits:
         model = load_nf4(saved, dtype=torch.float32, device="cpu")
+    elif at_loading:
+        spread = DistributedConfig(fsdp_size=processes)
+        model = AutoModelForCausalLM.from_pretrained(
+            f"{saved}-untied", dtype=torch.float32, distributed_config=spread
+        )
     else:
         other = {} if vocabulary is None else {"vocab_size": vocabulary}
         model = kind.model(**other).to(getattr(torch, dtype))

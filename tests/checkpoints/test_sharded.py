@@ -178,14 +178,15 @@ def test_the_best_model_is_loaded_at_the_end(server: Server, runs: Path) -> None
     ("options", "has_shards"),
     [
         ({"save_only_model": True}, False),
+        ({"save_only_model": True, "at_loading": True}, False),
         ({"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, True),
     ],
-    ids=["only-model", "whole-weights-too"],
+    ids=["only-model", "only-model-at-loading", "whole-weights-too"],
 )
 def test_whole_weights_are_written_where_asked_for(
     options: dict[str, Any], has_shards: bool, server: Server, runs: Path
 ) -> None:
-    folder = runs / f"whole-weights-{has_shards}"
+    folder = runs / f"whole-weights-{'-'.join(options)}"
     done = server.run("train", 2, folder=folder, max_steps=2, **options)
     assert done == [0, 0], server.errors()
     checkpoint = folder / "checkpoint-2"
@@ -209,7 +210,7 @@ def test_what_was_not_sharded_is_refused_where_it_would_be(server: Server, runs:
     options = {"folder": folder, "max_steps": 2}
     assert server.run("train", 1, is_sharded=False, **options) == [0], server.errors()
     assert server.run("train", 2, resume=True, **options) == [1, 1]
-    assert "is of a model that was not sharded, this run shards (fsdp)" in server.errors()
+    assert "is of a model that was not sharded, this run shards (FSDP2)" in server.errors()
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,10 @@ def test_rows_are_those_of_the_plain_loop(
     assert (result.metrics[1]["rows"], result.metrics[1]["lost"]) == (4, 2)
 
 
-@pytest.mark.parametrize("feedback", ["dpo", "grpo", "ppo"])
+@pytest.mark.parametrize(
+    "feedback",
+    ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "ppo"))],
+)
 def test_a_kill_at_any_point_costs_nothing(
     model, tokenizer, constitution, killed_everywhere, feedback
 ) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
 
-from fastpost.planning.ledger import ACTIVATIONS, OPTIMIZER, REFERENCE, ROLLOUT_COPY
+from bench.ops.measuring import peak_bytes
+from fastpost.planning.ledger import ACTIVATIONS, OPTIMIZER, PARAMETERS, REFERENCE, ROLLOUT_COPY
 from fastpost.planning.request import NOT_PLANNED, Adapter, Request
 from fastpost.planning.roofline import Assumptions, predict
 from fastpost.planning.trace import trace
+from fastpost.rollout.transformers_rollout import TransformersRollout
 from tests.planning.test_trace import CONFIG, PARAMETER_COUNT
 
 BUFFERS = 4 * 16  # both tables of angles
@@ -73,6 +78,30 @@ def test_a_copy_to_sample_from_stays_whole_on_every_gpu() -> None:
     without = trace(replace(request, rollout_dtype=None), CONFIG)
     assert ROLLOUT_COPY not in without.at_rest
     assert without.sampled["gathered_bytes"] > 0  # FSDP2, for every token
+
+
+def test_a_rollout_takes_what_sampling_takes() -> None:
+    """The trainers' sampler on a real model, by PyTorch's profiler. Its weights lie there before."""
+    prompt, answer, rows = 64, 24, 8
+    config = type(CONFIG)(
+        **CONFIG.to_dict() | {"vocab_size": 8192, "hidden_size": 256, "layer_types": None}
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    generation = GenerationConfig(
+        max_new_tokens=answer, min_new_tokens=answer, do_sample=True, pad_token_id=0, eos_token_id=2
+    )
+    sampler = TransformersRollout(lambda: nullcontext(model), generation)
+    prompts = torch.randint(3, 8192, (rows, prompt)).tolist()
+    measured = peak_bytes(lambda: sampler.generate(prompts))
+    seq = prompt + answer
+    request = Request(
+        "tiny", "grpo", seq=seq, prompt=(prompt + 0.5) / seq, rows=rows, precision="bf16"
+    )
+    traced = trace(request, config, on_gpu=False)
+    windows = {p for p in traced.windows if p[0] == "first step, rollout"}
+    peak = max((traced.windows[window] for window in windows), key=lambda peak: peak.total)
+    held = traced.at_rest[PARAMETERS] + traced.at_rest["buffers"]
+    assert peak.total - held == pytest.approx(measured, rel=0.05)
 
 
 def test_time_to_sample_follows_the_stated_model() -> None:

@@ -15,6 +15,7 @@ from fastpost.data.rows import read_rows
 from fastpost.synthesis.provenance import has_its_hash
 from tests.chat_model.endpoint_server import reply, serving, user_text
 from tests.synthesis.fake_teacher import FakeTeacher
+from tests.trainers.conftest import tiny_model, tokenizer  # noqa: F401
 
 
 def taught(body: dict[str, Any]) -> Any:
@@ -168,6 +169,19 @@ def test_mistakes_end_with_one_line_and_code_2(
     error = capsys.readouterr().err
     assert error.startswith("fastpost synthesise: error: ") and complaint in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_local_model_speaks_as_the_user(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:  # noqa: F811
+    tiny_model(260).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    capsys.readouterr()
+    argv = ["synthesise", "magpie", f"--model={tmp_path / 'tiny'}", "--count=3", "--max-tokens=4"]
+    argv.append(f"--output={tmp_path / 'rows.jsonl'}")
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "to be asked: 6 calls" in out and "rows of 3 candidates" in out
+    assert main(argv) == 0
+    assert "0 replies asked for" in capsys.readouterr().out
 
 
 def test_help_and_methods(capsys: Any) -> None:

@@ -77,6 +77,7 @@ ATTENTIONS = frozenset(
 """(module, class) whose forward multiplies `hidden_states`, as it came, with the three below."""
 _QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
+_SHARING = ("fastpost.adapted_layers", "fastpost.layers")  # whose forwards share a pass
 
 # Any optimizer's step may have changed an adapter, also one that writes past autograd's versions.
 _steps_done = 0
@@ -153,8 +154,9 @@ def ungrouped_projections(model: nn.Module) -> Counter[str]:
             parts = _adapted_parts(module, names)
             if len(parts) < 2:
                 continue
-            if names is _QUERY_KEY_VALUE and class_name(module) not in ATTENTIONS:
-                found[f"attention of class {type(module).__qualname__}"] += 1
+            forward = getattr(module.__dict__.get("forward"), "__func__", None)
+            if getattr(forward, "__module__", None) not in _SHARING:
+                found[f"{type(module).__qualname__} runs its own forward"] += 1
             elif isinstance(reason := _group_of(parts), str):
                 found[reason] += 1
     return found

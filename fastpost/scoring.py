@@ -249,7 +249,7 @@ class Engine(PackedBackbone):
             head = self.model.get_output_embeddings()
             if isinstance(self.model, FSDPModule):
                 # Last norm and head may be one unit, which is given back once both have run.
-                hidden = torch.zeros(1, head.in_features, dtype=self.model.dtype)
+                hidden = torch.zeros(1, head.in_features, dtype=head.weight.dtype)
                 head(hidden.to(head.weight.device))
         self.packed_forwards = 0
         return ", ".join(found)

@@ -136,6 +136,9 @@ def test_what_is_shared_follows_the_layers(calls) -> None:
     run(model)
     assert calls == {"lora_linear": 2, "lora_linears": 1}
     handle.remove()
+    own = attention.__dict__.pop("forward")
+    assert ungrouped_projections(model) == {"LlamaAttention runs its own forward": 1}
+    attention.__dict__["forward"] = own
 
     seen = []
 

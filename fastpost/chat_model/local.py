@@ -153,9 +153,10 @@ class LocalChatModel:
             read = self.model(
                 input_ids=torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1
             )
-            read.past_key_values.batch_repeat_interleave(len(tails))
-            kept = {_cache_argument(self.model): read.past_key_values}
-            rest = self.model(input_ids=ids, use_cache=True, **kept)
+            name = _cache_argument(self.model)
+            cache = getattr(read, name)
+            cache.batch_repeat_interleave(len(tails))
+            rest = self.model(input_ids=ids, use_cache=True, **{name: cache})
         finally:
             self.model.train(was_training)
         # The token at t is predicted at t - 1; the first one where the prompt ends.

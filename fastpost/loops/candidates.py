@@ -8,9 +8,18 @@ from typing import Any, NamedTuple
 
 from fastpost.chat_model.interface import ChatModel, Conversation
 from fastpost.data.rows import Row
-from fastpost.loops.run import LoopRun, Sampler
+from fastpost.loops.run import LoopRun, Sampler, prompt_rows
 
-__all__ = ["Candidate", "Reward", "answer", "draw", "grade", "preference_row", "sft_row"]
+__all__ = [
+    "Candidate",
+    "Reward",
+    "answer",
+    "draw",
+    "grade",
+    "preference_row",
+    "sft_row",
+    "supervised_rows",
+]
 
 Reward = Callable[..., Sequence[float | None]]  # in TRL's form
 
@@ -106,6 +115,12 @@ def answer(row: Row, column: str) -> str:
 def sft_row(prompt: Conversation, text: str) -> Row:
     """A row for `SFTTrainer`."""
     return {"prompt": prompt, "completion": _assistant(text)}
+
+
+def supervised_rows(run: LoopRun, name: str) -> list[Row]:
+    """The run's data `name`, prompts and completions, as rows for `SFTTrainer`; none if absent."""
+    rows = prompt_rows(run.data.get(name, []), name, "completion")
+    return [sft_row(row["prompt"], answer(row, "completion")) for row in rows]
 
 
 def preference_row(prompt: Conversation, chosen: str, rejected: str) -> Row:

@@ -72,21 +72,14 @@ def constitutional(
         The last model; metrics of the start (`iteration` 0), the revisions' SFT (1) and the
         feedback (2): `rows` trained on, `lost` (prompts without a reply), and of the feedback
         `ties` (no preference), `unjudged` (no verdict), `single_judged` (rows that one judge
-        decided) and the reward model's figures (`reward_model/...`); the trainer's and `evaluate`'s.
+        decided) and the reward model's figures (`reward_model/...`); the trainer's and
+        `evaluate`'s.
 
     Raises:
         ValueError: an option out of range, a malformed constitution, no rows for a stage.
         DataError: see `LoopRun`.
     """
-    if revisions < 1 or feedback not in FEEDBACK:
-        raise ValueError(
-            f"revisions={revisions}, feedback={feedback!r}; give at least 1, and one of "
-            f"{', '.join(FEEDBACK)}"
-        )
-    unused = {"dpo": {"reward": reward, "rl": rl}}.get(feedback, {"dpo": dpo})
-    given = [name for name, value in unused.items() if value is not None]
-    if given:
-        raise ValueError(f"feedback={feedback!r} does not use {', '.join(given)}; leave it out")
+    _require_options(revisions, feedback, dpo, reward, rl)
     if not isinstance(constitution, Constitution):
         constitution = Constitution.from_yaml(constitution)
     options = {
@@ -134,15 +127,9 @@ def constitutional(
             figures = run.trained("2-reward")
             counts |= {f"reward_model/{name}": value for name, value in figures.items()}
             stage = f"3-{feedback}"
-            trainer_class, config_class = _RL[feedback]
+            rows = [{"prompt": prompt} for prompt in asked]
             last = run.train(
-                stage,
-                trainer_class,
-                config_class,
-                rl or {},
-                supervised,
-                [{"prompt": prompt} for prompt in asked],
-                reward_funcs=[str(graded_by)],
+                stage, *_RL[feedback], rl or {}, supervised, rows, reward_funcs=[str(graded_by)]
             )
         metrics.append(
             {
@@ -154,6 +141,20 @@ def constitutional(
             }
         )
         return run.result(last, metrics)
+
+
+def _require_options(
+    revisions: int, feedback: str, dpo: Fields | None, reward: Fields | None, rl: Fields | None
+) -> None:
+    if revisions < 1 or feedback not in FEEDBACK:
+        raise ValueError(
+            f"revisions={revisions}, feedback={feedback!r}; give at least 1, and one of "
+            f"{', '.join(FEEDBACK)}"
+        )
+    unused = {"dpo": {"reward": reward, "rl": rl}}.get(feedback, {"dpo": dpo})
+    given = [name for name, value in unused.items() if value is not None]
+    if given:
+        raise ValueError(f"feedback={feedback!r} does not use {', '.join(given)}; leave it out")
 
 
 def _revised(

@@ -19,11 +19,10 @@ from fastpost.data.rows import Row
 from fastpost.loops.candidates import (
     Candidate,
     Reward,
-    answer,
     draw,
     grade,
     preference_row,
-    sft_row,
+    supervised_rows,
 )
 from fastpost.loops.rejection_sampling import summary
 from fastpost.loops.run import Evaluate, Fields, LoopResult, LoopRun, Sampler, prompt_rows
@@ -79,9 +78,8 @@ def iterated(
         DataError: see `LoopRun`.
     """
     if cycles < 1 or samples < 2 or min_margin < 0:
-        raise ValueError(
-            f"cycles={cycles}, samples={samples}, min_margin={min_margin}; give at least 1, 2 and 0"
-        )
+        given = f"cycles={cycles}, samples={samples}, min_margin={min_margin}"
+        raise ValueError(f"{given}; give at least 1, 2 and 0")
     if (dpo or {}).get("reference") is not None:
         raise ValueError("dpo.reference is set; the reference of this loop is the SFT checkpoint")
     options = {
@@ -108,23 +106,18 @@ def iterated(
         asked = prompt_rows(run.data["prompts"], "prompts")
         current: str | Path = run.start
         if sft_rows is not None:
-            supervised = prompt_rows(run.data["sft_rows"], "sft_rows", "completion")
-            training = [sft_row(row["prompt"], answer(row, "completion")) for row in supervised]
+            training = supervised_rows(run, "sft_rows")
             current = run.train("0-sft", SFTTrainer, SFTConfig, sft or {}, current, training)
         reference = current
+        kept = {"reference": str(reference)}
         metrics: list[dict[str, Any]] = [
-            {
-                "iteration": 0,
-                "reference": str(reference),
-                **run.measure("0-sft", evaluate, reference),
-            }
+            {"iteration": 0, **kept, **run.measure("0-sft", evaluate, reference)}
         ]
         for cycle in range(1, cycles + 1):
             stage = f"{cycle}-dpo"
             rows = _of_cycle(asked, cycle, prompts_per_cycle)
-            answers = draw(
-                run, f"{stage}/sample", sampler, current, [row["prompt"] for row in rows], samples
-            )
+            drawn_from = [row["prompt"] for row in rows]
+            answers = draw(run, f"{stage}/sample", sampler, current, drawn_from, samples)
             graded = grade(run, f"{stage}/grade", rewards, rows, answers, reward_weights)
             pairs = [
                 preference_row(row["prompt"], *pair)
@@ -137,7 +130,7 @@ def iterated(
             metrics.append(
                 {
                     "iteration": cycle,
-                    "reference": str(reference),
+                    **kept,
                     **summary(graded),
                     "pairs": len(pairs),
                     **run.trained(stage),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.data.rows import Row
-from fastpost.loops.candidates import Reward, answer, draw, grade, sft_row
+from fastpost.loops.candidates import Reward, draw, grade, sft_row, supervised_rows
 from fastpost.loops.rejection_sampling import kept, summary
 from fastpost.loops.run import Evaluate, Fields, LoopResult, LoopRun, Sampler, prompt_rows
 from fastpost.trainers.grpo import GRPOConfig, GRPOTrainer
@@ -27,6 +27,7 @@ from fastpost.trainers.sft import SFTConfig, SFTTrainer
 __all__ = ["r1"]
 
 _KIND = "kind"  # column of stage 4: which rewards speak of a row
+_SAMPLING = "3-rejection-sampling"
 _REASONING, _GENERAL = "reasoning", "general"
 
 
@@ -132,31 +133,47 @@ def r1(
             )
             return finish(stage, made, rows)
 
-        begun = supervise("1-cold-start", sft, _sft_rows(run, "cold_start"))
+        begun = supervise("1-cold-start", sft, supervised_rows(run, "cold_start"))
         reasoner = reinforce("2-reasoning-rl", grpo, begun, problem_rows, _as_list(rewards))
 
-        stage = "3-rejection-sampling"
-        asked = [row["prompt"] for row in problem_rows]
-        answers = draw(run, f"{stage}/sample", sampler, reasoner, asked, samples)
-        graded = grade(run, f"{stage}/grade", rewards, problem_rows, answers)
-        chosen = [
-            sft_row(row["prompt"], candidate.text)
-            for row, group in zip(problem_rows, graded, strict=True)
-            for candidate in kept(group, threshold, keep)
-        ]
-        if not chosen:
-            raise ValueError(
-                f"no answer of {sum(map(len, answers))} reached the reward of {threshold} in stage "
-                "3; lower threshold, raise samples, or train longer in stage 2"
-            )
-        second = chosen + _sft_rows(run, "general_rows")
-        taught = supervise(stage, second_sft or sft, second, **summary(graded), kept=len(chosen))
+        chosen, drawn = _sampled(
+            run, sampler, reasoner, problem_rows, rewards, threshold, samples, keep
+        )
+        second = chosen + supervised_rows(run, "general_rows")
+        taught = supervise(_SAMPLING, second_sft or sft, second, **drawn, kept=len(chosen))
 
         mixed = _mixed(problem_rows, general)
         functions: list[Reward] = [_Only(_REASONING, function) for function in _as_list(rewards)]
         functions += [_Only(_GENERAL, function) for function in _as_list(general_rewards)]
         last = reinforce("4-mixed-rl", second_grpo or grpo, taught, mixed, functions)
         return run.result(last, metrics)
+
+
+def _sampled(
+    run: LoopRun,
+    sampler: Sampler,
+    model: Path,
+    rows: Sequence[Row],
+    rewards: Reward | Sequence[Reward],
+    threshold: float,
+    samples: int,
+    keep: int,
+) -> tuple[list[Row], dict[str, float]]:
+    """SFT rows of the best answers to problems, and figures of all that were drawn."""
+    asked = [row["prompt"] for row in rows]
+    answers = draw(run, f"{_SAMPLING}/sample", sampler, model, asked, samples)
+    graded = grade(run, f"{_SAMPLING}/grade", rewards, rows, answers)
+    chosen = [
+        sft_row(row["prompt"], candidate.text)
+        for row, group in zip(rows, graded, strict=True)
+        for candidate in kept(group, threshold, keep)
+    ]
+    if not chosen:
+        raise ValueError(
+            f"no answer of {sum(map(len, answers))} reached the reward of {threshold} in stage 3; "
+            "lower threshold, raise samples, or train longer in stage 2"
+        )
+    return chosen, summary(graded)
 
 
 class _Only:
@@ -192,11 +209,6 @@ def _mixed(problems: Sequence[Row], general: Sequence[Row]) -> list[Row]:
     marked += [row | {_KIND: _GENERAL} for row in general]
     names = dict.fromkeys(name for row in marked for name in row)
     return [{name: row.get(name) for name in names} for row in marked]
-
-
-def _sft_rows(run: LoopRun, name: str) -> list[Row]:
-    rows = prompt_rows(run.data.get(name, []), name, "completion")
-    return [sft_row(row["prompt"], answer(row, "completion")) for row in rows]
 
 
 def _as_list(functions: Any) -> list[Reward]:

@@ -89,8 +89,9 @@ def _train(
 ) -> list[str]:
     config = {"report_to": "none", "logging_steps": 1, "record": True, **fields}
     config["output_dir"] = str(output)
-    if output.is_dir() and last_complete_checkpoint(output)[0] is not None:
-        config["resume_from_checkpoint"] = True
+    checkpoint = last_complete_checkpoint(output)[0] if output.is_dir() else None
+    if checkpoint is not None:
+        config["resume_from_checkpoint"] = str(checkpoint)
     _write_yaml(folder / "config.yaml", config)
     command = CLI
     if gpu_count(gpus) > 1:

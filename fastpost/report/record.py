@@ -19,6 +19,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fastpost.health.monitor import HealthMonitor
+from fastpost.health.non_finite import NonFinite
 from fastpost.progress import peak_memory_bytes
 from fastpost.report.reading import RECORD
 
@@ -32,6 +33,9 @@ def record_run(trainer: Any, method: str) -> None:
     else:
         monitor = HealthMonitor()
         trainer.add_callback(monitor)
+    if trainer.args.optimizer_in_backward:
+        # It leaves out updates that are made by then, and is refused.
+        monitor.monitors = [m for m in monitor.monitors if not isinstance(m, NonFinite)]
     trainer.add_callback(RunRecorder(trainer, monitor, method))
 
 

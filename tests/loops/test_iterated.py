@@ -103,6 +103,7 @@ def test_pairs_come_from_the_model_of_now_and_the_reference_stays(
             assert weight.equal(reference[name])
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_point_costs_nothing(model, tokenizer, killed_everywhere) -> None:
     def loop(calls: Calls, folder):
         result = run_iterated(

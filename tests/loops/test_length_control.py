@@ -174,6 +174,7 @@ def test_pairs_of_one_length_show_no_bias(tokenizer) -> None:
     assert length_bias(rows, tokenizer)["chosen_longer"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_point_costs_nothing(model, tokenizer, killed_everywhere) -> None:
     def loop(calls: Calls, folder):
         return run_length_control(

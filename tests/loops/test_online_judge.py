@@ -70,7 +70,7 @@ def test_a_reward_is_asked_once_about_an_answer_and_its_columns(tmp_path) -> Non
     assert asked == [(3, [0, 2, 3], ids), (1, [4], [[2]])]
 
 
-@pytest.mark.parametrize("kind", ["judge", "rewards"])
+@pytest.mark.parametrize("kind", ["judge", pytest.param("rewards", marks=pytest.mark.slow)])
 def test_a_kill_at_any_point_costs_nothing(model, tokenizer, killed_everywhere, kind) -> None:
     def loop(calls: Calls, folder):
         who = {

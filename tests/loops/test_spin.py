@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpost.loops.run import LoopRun
 from fastpost.loops.spin import spin
 from fastpost.trainers.dpo import DPOTrainer
 from tests.loops.conftest import TRAINING, Calls, rows_of, same_weights, user, weights
@@ -79,11 +80,14 @@ def test_each_iteration_plays_against_the_one_before(
     ],
 )
 def test_it_stops_on_a_plateau_and_gives_the_best(
-    model, tokenizer, tmp_path, scores, options, iterations, best
+    model, tokenizer, tmp_path, monkeypatch, scores, options, iterations, best
 ) -> None:
-    result = run_spin(
-        model, tokenizer, tmp_path, scores, dpo=TRAINING | {"max_steps": 1}, **options
-    )
+    def no_training(self, stage, *args, **kwargs):
+        self.journal.put(f"{stage}/trained", {})
+        return self.folder / stage / "model"
+
+    monkeypatch.setattr(LoopRun, "train", no_training)
+    result = run_spin(model, tokenizer, tmp_path, scores, **options)
     assert len(result.metrics) == iterations + 1
     assert result.checkpoint == tmp_path / best
     assert ("has not risen" in result.metrics[-1]["stopped"]) == (iterations < 4)

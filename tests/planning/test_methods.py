@@ -81,7 +81,7 @@ def test_a_copy_to_sample_from_stays_whole_on_every_gpu() -> None:
 
 
 def test_a_rollout_takes_what_sampling_takes() -> None:
-    """The trainers' sampler on a real model, by PyTorch's profiler. Its weights lie there before."""
+    """The trainers' sampler on a real model, by PyTorch's profiler."""
     prompt, answer, rows = 64, 24, 8
     config = type(CONFIG)(
         **CONFIG.to_dict() | {"vocab_size": 8192, "hidden_size": 256, "layer_types": None}

@@ -12,8 +12,9 @@ The norm here is factored:
     n^2 = ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>      per row
 
 ||W||^2 is a constant of the frozen weight; the rest costs 2 N K r FLOPs, once per optimizer step
-instead of once per micro-batch. The sum cancels where W + sBA almost vanishes: rows that lose
-more than CANCELLATION of their terms are computed from W + sBA itself, row by row.
+instead of once per micro-batch; on CPUs all but the products W A^T and A A^T is one C++ pass. The
+sum cancels where W + sBA almost vanishes: rows of which less than CANCELLATION of the terms is left
+are computed from W + sBA itself, row by row.
 Rejected: folding m / n into W or into the GEMM's epilogue: dm needs z, so both are written anyway.
 
 FLOPs: those of `lora_linear`; 2 r (N K + r (N + K)) per norm. Kept for the backward beyond

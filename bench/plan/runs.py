@@ -119,6 +119,9 @@ def _trainer(case: Case, config: Any, folder: str) -> Any:
         settings["max_length"] = case.prompt + case.answer
     if case.method == "DPO" and case.rank is None:
         arguments["ref_model"] = copy.deepcopy(model)
+    if case.settings.get("beta") and case.rank is None:  # TRL loads the reference from there
+        model.config._name_or_path = f"{folder}/policy"
+        model.save_pretrained(model.config._name_or_path)
     return getattr(fastpost, f"{case.method}Trainer")(
         model,
         args=getattr(fastpost, f"{case.method}Config")(**settings),

@@ -107,15 +107,9 @@ def constitutional(
         ]
         revised = _revised(run, sampler, constitution, asked, revisions)
         supervised = run.train("1-sft", SFTTrainer, SFTConfig, sft or {}, run.start, revised)
-        metrics.append(
-            {
-                "iteration": 1,
-                "rows": len(revised),
-                "lost": len(asked) - len(revised),
-                **run.trained("1-sft"),
-                **run.measure("1-sft", evaluate, supervised),
-            }
-        )
+        figures = run.trained("1-sft") | run.measure("1-sft", evaluate, supervised)
+        lost = len(asked) - len(revised)
+        metrics.append({"iteration": 1, "rows": len(revised), "lost": lost, **figures})
         preferred, counts = _preferred(run, sampler, constitution, judge, asked, supervised)
         if feedback == "dpo":
             stage = "2-dpo"
@@ -124,22 +118,15 @@ def constitutional(
             graded_by = run.train(
                 "2-reward", RewardTrainer, RewardConfig, reward or {}, supervised, preferred
             )
-            figures = run.trained("2-reward")
-            counts |= {f"reward_model/{name}": value for name, value in figures.items()}
+            grader = run.trained("2-reward")
+            counts |= {f"reward_model/{name}": value for name, value in grader.items()}
             stage = f"3-{feedback}"
             rows = [{"prompt": prompt} for prompt in asked]
             last = run.train(
                 stage, *_RL[feedback], rl or {}, supervised, rows, reward_funcs=[str(graded_by)]
             )
-        metrics.append(
-            {
-                "iteration": 2,
-                "rows": len(preferred),
-                **counts,
-                **run.trained(stage),
-                **run.measure(stage, evaluate, last),
-            }
-        )
+        figures = run.trained(stage) | run.measure(stage, evaluate, last)
+        metrics.append({"iteration": 2, "rows": len(preferred), **counts, **figures})
         return run.result(last, metrics)
 
 

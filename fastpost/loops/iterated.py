@@ -92,7 +92,7 @@ def iterated(
         "sft": sft,
         "dpo": dpo,
     }
-    data = {"prompts": prompts} | ({} if sft_rows is None else {"sft_rows": sft_rows})
+    data = {"prompts": prompts, "sft_rows": sft_rows}
     with LoopRun(
         "iterated",
         model,
@@ -127,16 +127,9 @@ def iterated(
             current = run.train(
                 stage, DPOTrainer, DPOConfig, dpo or {}, current, pairs, reference=reference
             )
-            metrics.append(
-                {
-                    "iteration": cycle,
-                    **kept,
-                    **summary(graded),
-                    "pairs": len(pairs),
-                    **run.trained(stage),
-                    **run.measure(stage, evaluate, current),
-                }
-            )
+            counts = summary(graded) | {"pairs": len(pairs)}
+            figures = run.trained(stage) | run.measure(stage, evaluate, current)
+            metrics.append({"iteration": cycle, **kept, **counts, **figures})
         return run.result(current, metrics)
 
 

@@ -62,8 +62,8 @@ def r1(
         problems: prompts of stages 2 to 4.
         rewards: of problems, functions in TRL's form, summed.
         sampler: makes a chat model of a model folder; its temperature must be above 0.
-        threshold, samples, keep: answers of stage 3 drawn for a problem, and at most `keep` of
-            them kept, the best that reach `threshold`.
+        threshold, samples, keep: of `samples` answers to a problem in stage 3 at most `keep` stay,
+            the best that reach `threshold`.
         general_rows: SFT rows beside those of stage 3.
         general_prompts, general_rewards: prompts beside the problems of stage 4, and their rewards.
         sft, grpo: fields of `SFTConfig` and `GRPOConfig`.
@@ -78,36 +78,18 @@ def r1(
         ValueError: an option out of range, general prompts without rewards, nothing kept.
         DataError: see `LoopRun`.
     """
-    if min(samples, keep) < 1:
-        raise ValueError(f"samples={samples}, keep={keep}; give at least 1 each")
-    if (general_prompts is None) != (general_rewards is None):
-        raise ValueError("general_prompts and general_rewards go together; give both or neither")
-    options = {
-        "rewards": rewards,
-        "threshold": threshold,
-        "samples": samples,
-        "keep": keep,
-        "general_rewards": general_rewards,
-        "sft": sft,
-        "grpo": grpo,
-        "second_sft": second_sft,
-        "second_grpo": second_grpo,
-    }
-    sources = {
+    _require_options(samples, keep, general_prompts, general_rewards)
+    options: dict[str, Any] = {"rewards": rewards, "threshold": threshold}
+    options |= {"samples": samples, "keep": keep, "general_rewards": general_rewards}
+    options |= {"sft": sft, "grpo": grpo, "second_sft": second_sft, "second_grpo": second_grpo}
+    data = {
         "cold_start": cold_start,
         "problems": problems,
         "general_rows": general_rows,
         "general_prompts": general_prompts,
     }
     with LoopRun(
-        "r1",
-        model,
-        tokenizer,
-        folder,
-        data={name: source for name, source in sources.items() if source is not None},
-        options=options,
-        seed=seed,
-        batch_size=batch_size,
+        "r1", model, tokenizer, folder, data=data, options=options, seed=seed, batch_size=batch_size
     ) as run:
         problem_rows = prompt_rows(run.data["problems"], "problems")
         general = prompt_rows(run.data.get("general_prompts", []), "general_prompts")
@@ -143,10 +125,17 @@ def r1(
         taught = supervise(_SAMPLING, second_sft or sft, second, **drawn, kept=len(chosen))
 
         mixed = _mixed(problem_rows, general)
-        functions: list[Reward] = [_Only(_REASONING, function) for function in _as_list(rewards)]
+        functions = [_Only(_REASONING, function) for function in _as_list(rewards)]
         functions += [_Only(_GENERAL, function) for function in _as_list(general_rewards)]
         last = reinforce("4-mixed-rl", second_grpo or grpo, taught, mixed, functions)
         return run.result(last, metrics)
+
+
+def _require_options(samples: int, keep: int, prompts: Any, rewards: Any) -> None:
+    if min(samples, keep) < 1:
+        raise ValueError(f"samples={samples}, keep={keep}; give at least 1 each")
+    if (prompts is None) != (rewards is None):
+        raise ValueError("general_prompts and general_rewards go together; give both or neither")
 
 
 def _sampled(

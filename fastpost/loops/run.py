@@ -74,7 +74,7 @@ class LoopRun:
         model: a model folder or hub name, or a model in memory, which stays as it is.
         tokenizer: of the model.
         folder: of this run alone.
-        data: rows by name, in any form `fastpost.data` reads.
+        data: rows by name, in any form `fastpost.data` reads; None has no part in the run.
         options: what else the outcome depends on, by name; functions count by their names.
         seed: of all that is drawn.
         batch_size: conversations of one call of a chat model or judge, which is what a kill loses.
@@ -114,7 +114,9 @@ class LoopRun:
             raise ValueError(f"batch_size is {batch_size}; give at least 1")
         self.folder = Path(folder)
         self.tokenizer = tokenizer
-        self.data = {key: list(read_rows(source)) for key, source in data.items()}
+        self.data = {
+            key: list(read_rows(source)) for key, source in data.items() if source is not None
+        }
         self.seed = seed
         self.batch_size = batch_size
         self._rows: dict[str, Path] = {}

@@ -111,6 +111,8 @@ class Run:
             if output.exists() and self._digests.of(output) == record["sha256"]:
                 self._say("  finished before; skipped")
                 self._made[stage.name] = record
+                if stage.makes_policy:
+                    chain.after(stage, output)
                 return output
             self._say(f"  {output} is not what the stage had made; it is done again")
             self._set_aside(folder, record)

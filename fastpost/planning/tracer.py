@@ -39,6 +39,7 @@ from fastpost.planning.ledger import (
     Moment,
 )
 from fastpost_kernels import workspace_bytes
+from fastpost_kernels._device import resolve_backend
 from fastpost_kernels._nf4_format import nested_levels
 from fastpost_kernels._prefix_native import can_run_native
 from fastpost_kernels._prefix_segments import schedule_of
@@ -238,14 +239,15 @@ class Tracer(TorchDispatchMode):
         self.ledger.resize(self._kept, kept_logits_bytes(args), moment)
 
     def _with_backend(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments as they are on the planned device."""
-        if self.backend is None:
-            return args
+        """The arguments as they are on the planned device; a CPU's "auto" as what it stands for."""
         names = [argument.name for argument in func._schema.arguments]
-        return tuple(
-            self.backend if name == "backend" else value
-            for name, value in zip(names, args, strict=False)
-        )
+        given = dict(zip(names, args, strict=False))
+        backend = self.backend
+        if backend is None and given.get("backend") == "auto":
+            backend = resolve_backend("auto", torch.device("cpu"), torch.float32)
+        if backend is None or "backend" not in given:
+            return args
+        return tuple((given | {"backend": backend}).values())
 
 
 def _really(function: Any) -> Any:

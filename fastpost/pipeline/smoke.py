@@ -74,7 +74,7 @@ def _small_evaluation(pipeline: Pipeline) -> tuple[dict[str, Any], ...]:
     return (
         {
             "name": "chain_sum", "scorer": "reasoning_gym", "task": "chain_sum", "problems": 8,
-            "max_new_tokens": 40, "tolerance": 0.5,
+            "max_new_tokens": 24, "tolerance": 0.5,
         },
     )  # fmt: skip
 

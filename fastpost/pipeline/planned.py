@@ -137,6 +137,7 @@ def request_of(pipeline: Pipeline, stage: Stage, method: str, fields: Mapping[st
         rollout_dtype=fields.get("rollout_dtype") if samples else None,
         offload=offload,
         optimizer_in_backward=fields.get("optimizer_in_backward", False),
+        mlp_tile_tokens=fields.get("mlp_tile_tokens"),
     )
 
 

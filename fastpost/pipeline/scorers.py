@@ -12,18 +12,16 @@ Replies are greedy. The model of the start is the judge's opponent; its own win 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpost.chat_model.endpoint import EndpointChatModel
-from fastpost.chat_model.interface import Conversation, Sampling
+from fastpost.chat_model.interface import ChatModel, Conversation, Sampling
 from fastpost.chat_model.local import LocalChatModel
+from fastpost.chat_model.model_spec import ModelSpec
 from fastpost.data.rows import read_rows
 from fastpost.judges.judge import Judge
 from fastpost.pipeline.evaluation import score
@@ -199,29 +197,15 @@ def _preferred(
     return [value for value in values if value is not None]
 
 
-def chat_model_of(given: Mapping[str, Any]) -> Any:
-    """A judge's or teacher's model: `{url, model, api_key_env}` behind an endpoint, or `{model}`.
+def chat_model_of(given: Mapping[str, Any]) -> ChatModel:
+    """A judge's model by the settings of `ModelSpec`; without any, greedy and of short replies.
 
     Raises:
-        ValueError: `model` is missing, or the key's variable is not set.
+        ValueError: `model` is missing, a setting is unknown, or the key's variable is not set.
     """
-    if not isinstance(given, Mapping) or "model" not in given:
-        raise ValueError(f"judge: expected {{url, model}} or {{model}}, got {given!r}")
-    sampling = Sampling(
-        temperature=given.get("temperature", 0.0), max_tokens=given.get("max_new_tokens", 256)
-    )
-    if "url" in given:
-        key = None
-        if "api_key_env" in given:
-            key = os.environ.get(given["api_key_env"])
-            if key is None:
-                raise ValueError(f"judge: the variable {given['api_key_env']} is not set")
-        return EndpointChatModel(given["url"], given["model"], sampling=sampling, api_key=key)
-    model: Any = AutoModelForCausalLM.from_pretrained(given["model"], dtype="auto").eval()
-    if torch.cuda.is_available():
-        model.to("cuda")
-    tokenizer = AutoTokenizer.from_pretrained(given["model"])
-    return LocalChatModel(model, tokenizer, str(Path(given["model"])), sampling=sampling)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"judge: expected settings such as model and endpoint, got {given!r}")
+    return ModelSpec.from_mapping({"temperature": 0.0, "max_tokens": 256, **given}).open()
 
 
 def _lm_eval(model: str, scorer: Mapping[str, Any], found: Evaluated) -> None:

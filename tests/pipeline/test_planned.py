@@ -27,7 +27,7 @@ REQUESTS = [
     Request("m", num_gpus=8, precision="bf16", optimizer="adamw_8bit", tokens_per_step=8 * 8192),
     Request(
         "m", num_gpus=8, precision="bf16", optimizer="adamw_8bit", optimizer_in_backward=True,
-        tokens_per_step=8 * 8192, offload=True,
+        tokens_per_step=8 * 8192, offload=True, mlp_tile_tokens=4096,
     ),
     Request("m", "dpo", num_gpus=8, adapter=Adapter("lora", 64), tokens_per_step=2 * 4 * 65536),
     Request("m", "kto", num_gpus=8, adapter=Adapter("dora", 32), tokens_per_step=4 * 65536),

@@ -151,15 +151,20 @@ def test_checkpoints_load_as_plain_models(model, tokenizer, tmp_path) -> None:
 
 def test_a_checkpoint_with_another_critic_is_refused(model, tokenizer, tmp_path) -> None:
     make_trainer(model, tokenizer, tmp_path / "run", max_steps=1).train()
-    other = make_trainer(
-        model,
-        tokenizer,
-        tmp_path / "other",
-        {"value_model": value_model(len(tokenizer))},
-        save_strategy="no",
-    )
-    with pytest.raises(FileNotFoundError, match=r"value_model\.safetensors is missing"):
+    critic = {"value_model": value_model(len(tokenizer))}
+    other = make_trainer(model, tokenizer, tmp_path / "other", critic, save_strategy="no")
+    with pytest.raises(ValueError, match=r"trained_parameters: \d+ in the checkpoint, \d+ now"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_a_checkpoint_that_lost_its_critic_is_refused(model, tokenizer, tmp_path) -> None:
+    critic = {"value_model": value_model(len(tokenizer))}
+    trainer = make_trainer(model, tokenizer, tmp_path / "run", critic, max_steps=1)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / "value_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"value_model\.safetensors is missing"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.mark.parametrize("parts", [(), ("peft_config",)], ids=["full", "lora"])

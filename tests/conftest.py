@@ -69,20 +69,6 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_sharding_outlives_its_test() -> Iterator[None]:
-    """transformers hands its settings to accelerate by the environment, which children get too."""
-
-    def settings() -> dict[str, str]:
-        return {k: v for k, v in os.environ.items() if k.startswith(("FSDP_", "ACCELERATE_"))}
-
-    before = settings()
-    yield
-    for name in settings():
-        del os.environ[name]
-    os.environ.update(before)
-
-
-@pytest.fixture(autouse=True)
 def no_engine_outlives_its_test() -> Iterator[None]:
     """Attention functions of transformers are wrapped as long as any engine is installed."""
     yield

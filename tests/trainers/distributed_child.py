@@ -217,6 +217,9 @@ def main() -> None:
     shard_on_cpus()
     folder, cases = Path(sys.argv[1]), sys.argv[2:]
     for case in cases:
+        # transformers hands its settings to accelerate by the environment, and leaves them there.
+        for name in [n for n in os.environ if n.startswith(("FSDP_", "ACCELERATE_"))]:
+            del os.environ[name]
         result = run_case(case, folder, int(os.environ["WORLD_SIZE"]))
         torch.save(result, folder / f"{case}-rank{os.environ['RANK']}.pt")
     dist.destroy_process_group()

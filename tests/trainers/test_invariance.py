@@ -52,7 +52,7 @@ SHARED_METRICS = ("rewards/", "logps/", "reward", "objective/scores")
 
 def marked(names: Any) -> list[Any]:
     return [
-        pytest.param(name, marks=() if name in FAST else pytest.mark.slow, id=name)
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow(minutes=0.05), id=name)
         for name in names
     ]
 
@@ -167,7 +167,7 @@ def layouts() -> list[Any]:
         for layout, config in LAYOUTS.items():
             has_option = config.keys() <= fields.keys()
             if has_option and not (name in NO_HEAD and layout == "small-head-workspace"):
-                marks = () if name in FAST else pytest.mark.slow
+                marks = () if name in FAST else pytest.mark.slow(minutes=0.05)
                 cases.append(pytest.param(name, config, marks=marks, id=f"{name}-{layout}"))
     return cases
 

@@ -40,7 +40,10 @@ def test_every_field_has_a_probe(name) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in FAST else pytest.mark.slow, id=n) for n in METHODS],
+    [
+        pytest.param(n, marks=() if n in FAST else pytest.mark.slow(minutes=0.04), id=n)
+        for n in METHODS
+    ],
 )
 def test_equal_options_leave_equal_footprints(name, runs) -> None:
     """Without this the probes below could pass by accident."""
@@ -56,7 +59,7 @@ def cases() -> list[Any]:
     for name in METHODS:
         for option, probe in PROBES[name].items():
             runs_twice = isinstance(probe, Changes | SameRun)
-            marks = pytest.mark.slow if runs_twice and name != "SFT" else ()
+            marks = pytest.mark.slow(minutes=0.04) if runs_twice and name != "SFT" else ()
             found.append(pytest.param(name, option, probe, id=f"{name}-{option}", marks=marks))
     return found
 

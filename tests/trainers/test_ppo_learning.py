@@ -49,7 +49,7 @@ def test_a_tiny_model_learns_to_write_vowels(model, tokenizer, tmp_path) -> None
     assert rewards[-1] > 0.5
 
 
-@pytest.mark.slow(minutes=9)
+@pytest.mark.slow(minutes=13)
 def test_the_score_of_a_reward_model_rises(monkeypatch, tmp_path) -> None:
     """On held-out problems, which neither model was trained on."""
     monkeypatch.syspath_prepend(EXAMPLES)

@@ -36,7 +36,7 @@ def test_a_tiny_demo_writes_everything_it_promises(tmp_path, capsys):
 
 
 def test_the_demo_learns(tmp_path):
-    """A quarter of what `make demo` does, which is too slow for a test; its end is in the README."""
+    """A quarter of what `make demo` does."""
     metrics = run_demo(tmp_path, sft_steps=20, dpo_steps=6, num_problems=32, num_drawn=64)
     losses = [e["loss"] for e in metrics["stages"]["sft"]["log"] if "loss" in e]
     assert len(losses) == 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.scale.cases import Case
@@ -52,11 +52,8 @@ def _qlora() -> list[Verdict]:
     traces = {}
 
     def run(tokens: int) -> Any:
-        traces[tokens] = ours(
-            request,
-            row_batch(request, [Row(0, 1, tokens - 1)]),
-            tile_tokens=tile_tokens(tokens),
-        )
+        tiled = replace(request, mlp_tile_tokens=tile_tokens(tokens))
+        traces[tokens] = ours(tiled, row_batch(request, [Row(0, 1, tokens - 1)]))
         return traces[tokens]
 
     usable = request.gpu.usable

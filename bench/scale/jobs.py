@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import datasets
@@ -62,7 +62,8 @@ def longest(model: str, adapter: str, way: str) -> dict[str, Any]:
         batch = row_batch(request, [Row(0, 1, tokens - 1)])
         if way == "TRL":
             return stock(request, batch)
-        return ours(request, batch, tile_tokens=tile_tokens(tokens) if is_far else None)
+        tiles = tile_tokens(tokens) if is_far else None
+        return ours(replace(request, mlp_tile_tokens=tiles), batch)
 
     start = (32_768, 65_536) if is_far else (4096, 16_384)
     found = longest_that_fits(run, request.gpu.usable, start)

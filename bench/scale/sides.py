@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 from torch import Tensor
 
-from bench.scale.tracer import SideTracer
 from bench.scale.trl_step import trace_stock
 from fastpost.planning import composition, trace
 from fastpost.planning.ledger import ACTIVATIONS, HEAD_WORKSPACE, KERNEL_WORKSPACE, Peak
 from fastpost.planning.request import Request
 from fastpost.planning.trace import Traced
-from fastpost.tiled_mlp import tile
 
 __all__ = ["activation_bytes", "ours", "peak_of_step", "stock", "summary"]
 
@@ -23,11 +19,9 @@ Batch = dict[str, Tensor]
 _COMPUTED = (ACTIVATIONS, HEAD_WORKSPACE, KERNEL_WORKSPACE)
 
 
-def ours(
-    request: Request, batch: Batch, *, tile_tokens: int | None = None, config: Any = None
-) -> Traced:
-    """Ours on a batch of `lengths.as_batch`; `tile_tokens` is the trainers' `mlp_tile_tokens`."""
-    with _planning(batch, tile_tokens):
+def ours(request: Request, batch: Batch, *, config: Any = None) -> Traced:
+    """Ours on a batch of `lengths.as_batch`, which takes the place of the planner's own."""
+    with mock.patch.object(trace, "worst_batch", lambda *_: batch):
         return composition.trace_composed(request, config)
 
 
@@ -67,22 +61,3 @@ def summary(traced: Traced) -> dict[str, Any]:
 
 def _windows(traced: Traced) -> list[Peak]:
     return [peak for (phase, _), peak in traced.windows.items() if "rollout" not in phase]
-
-
-@contextmanager
-def _planning(batch: Batch, tile_tokens: int | None) -> Iterator[None]:
-    """The planner on this batch instead of its own, with tiled MLPs if asked for."""
-    make_policy = trace.make_policy
-
-    def tiled(*args: Any) -> Any:
-        model, engine = make_policy(*args)
-        assert tile_tokens is not None
-        tile(model, tile_tokens)
-        return model, engine
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(trace, "worst_batch", lambda *_: batch))
-        stack.enter_context(mock.patch.object(trace, "Tracer", SideTracer))
-        if tile_tokens is not None:
-            stack.enter_context(mock.patch.object(trace, "make_policy", tiled))
-        yield

@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-from bench.scale.tracer import SideTracer
 from fastpost.planning.ledger import KERNEL_WORKSPACE
+from fastpost.planning.tracer import Tracer
 
 __all__ = ["StockTracer"]
 
@@ -65,7 +65,7 @@ class _Attention(torch.autograd.Function):
         return (*(torch.empty_like(t) for t in (query, key, value)), None, None)
 
 
-class StockTracer(SideTracer):
+class StockTracer(Tracer):
     """A tracer of TRL, PEFT and bitsandbytes as they are."""
 
     def __init__(self) -> None:

@@ -149,6 +149,8 @@ class Tracer(TorchDispatchMode):
         if given and not any(isinstance(t, FakeTensor) for t in given):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # the tensor itself, of which fake tensors would make a second one
         if func is torch.ops.aten._local_scalar_dense.default:
             if args[0].dtype == torch.bool:
                 return False  # only ever whether something went wrong with the values

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +24,8 @@ from tests.parallel_head_child import (
     score,
     token_ids,
 )
+from tests.processes import run_processes
 
-ROOT = Path(__file__).parents[1]
 TWO = [*LAYOUTS, *(name for name in MODELS if "fsdp-tp" not in name), "refusals", "adapter"]
 FOUR = [*GRID, *(name for name in MODELS if "fsdp-tp" in name)]
 Ranks = list[dict[str, Any]]
@@ -38,33 +34,7 @@ Ranks = list[dict[str, Any]]
 def start(folder: Path, size: int, cases: list[str]) -> Ranks:
     """Run the cases in `size` processes over gloo, one start for all of them."""
     save_models(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(size):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.parallel_head_child", str(folder), *cases]
-        with open(folder / f"output-{rank}.txt", "w") as output:
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    texts = [(folder / f"output-{rank}.txt").read_text()[-3000:] for rank in range(size)]
-    assert codes == [0] * size, "\n".join(texts)
+    run_processes("tests.parallel_head_child", folder, cases, size)
     return [torch.load(folder / f"rank{rank}-of-{size}.pt") for rank in range(size)]
 
 

@@ -41,5 +41,7 @@ def test_the_demo_learns(tmp_path):
     losses = [e["loss"] for e in metrics["stages"]["sft"]["log"] if "loss" in e]
     assert len(losses) == 20
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
-    assert metrics["accuracy"]["sft"] >= metrics["accuracy"]["before"]
+    assert metrics["accuracy"]["sft"] > metrics["accuracy"]["before"]
+    held_out = [e for e in metrics["stages"]["dpo"]["log"] if "eval_rewards/margins" in e]
+    assert held_out[-1]["eval_rewards/margins"] > 0
     assert metrics["reloaded_answers_equal"]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,8 @@ from torch import Tensor, nn
 
 from fastpost_kernels import AdamW8bit, adamw_8bit_, adamw_state
 from tests.ops.adamw_8bit_child import DTYPES, OPTIONS, SHAPES, STEPS, gradient, train, weights
+from tests.processes import run_processes
 
-ROOT = Path(__file__).parents[2]
 NAMES = list(SHAPES)
 
 
@@ -24,31 +20,7 @@ NAMES = list(SHAPES)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes left what they computed."""
     folder = tmp_path_factory.mktemp("shards")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.ops.adamw_8bit_child", str(folder)]
-        with open(folder / f"output-{rank}.txt", "w") as output:
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], (folder / "output-0.txt").read_text()[-4000:]
+    run_processes("tests.ops.adamw_8bit_child", folder)
     return folder
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +11,8 @@ from torch import Tensor
 from fastpost_kernels import reference
 from fastpost_kernels.testing import assert_close_to_reference
 from tests.ops.vocab_parallel_child import BF16, CASES, FAULTS, FP64, Case, problem
+from tests.processes import run_processes
 
-ROOT = Path(__file__).parents[2]
 RANKS = 3
 VALUES = ("logprob", "entropy", "log_sum_sq_probs", "mean_logits", "logsumexp")
 
@@ -26,32 +21,7 @@ VALUES = ("logprob", "entropy", "log_sum_sq_probs", "mean_logits", "logsumexp")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     """What every rank got, by case: one start of three processes for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(RANKS):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(RANKS),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.ops.vocab_parallel_child", str(folder)]
-        with open(folder / f"output-{rank}.txt", "w") as output:
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    texts = [(folder / f"output-{rank}.txt").read_text()[-3000:] for rank in range(RANKS)]
-    assert codes == [0] * RANKS, "\n".join(texts)
+    run_processes("tests.ops.vocab_parallel_child", folder, count=RANKS)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.processes import run_processes
 from tests.trainers import footprint
 from tests.trainers.distributed_child import CASES, run_case
 from tests.trainers.methods import METHODS
 
-ROOT = Path(__file__).parents[2]
 FAST = ["SFT", "DPO", "GRPO"]
 SLOW = [case for case in CASES if case not in FAST]
 # Not compared with one process.
@@ -32,33 +28,7 @@ def start(folder: Path, cases: list[str]) -> None:
         model.save_pretrained(folder / name)
         model.config.tie_word_embeddings = False
         type(model)(model.config).save_pretrained(folder / f"{name}-untied")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.trainers.distributed_child", str(folder), *cases]
-        with open(folder / f"output-{rank}.txt", "w") as output:
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], (folder / "output-0.txt").read_text()[-4000:]
+    run_processes("tests.trainers.distributed_child", folder, cases)
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import run_processes
 from tests.trainers.ppo_distributed_child import CASES, run_case
 
-ROOT = Path(__file__).parents[2]
 # Standard deviations over the rows of a process; rates of a process.
 PER_PROCESS = {"reward_std", "explained_variance"}
 # Means over a process's tokens, averaged: equal only where processes have as many tokens.
@@ -23,33 +19,7 @@ PER_TOKEN = {"entropy", "approx_kl", "ratio", "kl", "loss/policy", "loss/value"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.trainers.ppo_distributed_child", str(folder)]
-        with open(folder / f"output-{rank}.txt", "w") as output:
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], (folder / "output-0.txt").read_text()[-4000:]
+    run_processes("tests.trainers.ppo_distributed_child", folder)
     return folder
 
 

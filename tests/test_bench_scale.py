@@ -16,7 +16,7 @@ from bench.scale.lengths import MAX_LENGTH, as_batch, preference_rows, uniform_r
 from bench.scale.longest import STEP, longest_that_fits
 from bench.scale.report import report
 from bench.scale.sides import activation_bytes, ours, peak_of_step, stock
-from fastpost.planning.ledger import OPTIMIZER, PARAMETERS, REFERENCE, Peak
+from fastpost.planning.ledger import OPTIMIZER, PARAMETERS, REFERENCE, Peak, Window
 from fastpost.planning.request import Adapter, Request
 
 LAYERS, HIDDEN, WIDE, VOCAB = 1, 64, 160, 512
@@ -125,7 +125,7 @@ def test_the_longest_row_is_found(bend: float) -> None:
     def run(tokens: int):
         runs.append(tokens)
         held = {"activations": int(1000 + tokens * (2 + bend * tokens))}
-        return SimpleNamespace(windows={("second step, forward", ""): Peak(held, None)})
+        return SimpleNamespace(windows={Window("second step, forward", "", 1): Peak(held, None)})
 
     usable = 200_000
     found = longest_that_fits(run, usable)

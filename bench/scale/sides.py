@@ -60,4 +60,4 @@ def summary(traced: Traced) -> dict[str, Any]:
 
 
 def _windows(traced: Traced) -> list[Peak]:
-    return [peak for (phase, _), peak in traced.windows.items() if "rollout" not in phase]
+    return [peak for window, peak in traced.windows.items() if "rollout" not in window.phase]

@@ -50,6 +50,18 @@ class Moment(NamedTuple):
         return ", ".join(part for part in self if part)
 
 
+class Window(NamedTuple):
+    """A stretch of a step: the `visit`-th time, from 1, that a phase is in a region.
+
+    A reference's forward and the policy's visit the same regions, and what both hold for each layer
+    of the model differs: one peak for both could not be composed.
+    """
+
+    phase: str
+    region: str
+    visit: int
+
+
 @dataclass(frozen=True)
 class Peak:
     """The moment of most bytes.
@@ -106,15 +118,21 @@ class Ledger:
             found[category] += size
         return _ordered(found)
 
-    def peaks(self, since: int = 0) -> dict[tuple[str, str], Peak]:
-        """(phase, region) -> its peak, from entry `since` on."""
-        total, highest = 0, dict[tuple[str, str], tuple[int, int]]()
+    def peaks(self, since: int = 0) -> dict[Window, Peak]:
+        """The peak of each window, from entry `since` on."""
+        total, highest = 0, dict[Window, tuple[int, int]]()
+        visits: Counter[tuple[str, str]] = Counter()
+        here = None
         for i, (account, change, moment) in enumerate(self._entries):
             if self._category[account] == HOST:
                 continue
             total += change
-            window = moment[:2]
-            if i >= since and total > highest.get(window, (-1, 0))[0]:
+            if i < since:
+                continue
+            if here != (here := moment[:2]):
+                visits[here] += 1
+            window = Window(*here, visits[here])
+            if total > highest.get(window, (-1, 0))[0]:
                 highest[window] = total, i
         windows = {i: window for window, (_, i) in highest.items()}
         held: Counter[str] = Counter()

@@ -21,7 +21,7 @@ from fastpost.adapters.nf4_layer import Nf4Linear
 from fastpost.optimizer_in_backward import BackwardSteps
 from fastpost.planning.batches import worst_batch
 from fastpost.planning.host_memory import host_states_named
-from fastpost.planning.ledger import GRADIENTS, HOST, OPTIMIZER, Peak
+from fastpost.planning.ledger import GRADIENTS, HOST, OPTIMIZER, Peak, Window
 from fastpost.planning.methods import Objective, make_objective
 from fastpost.planning.models import load_config
 from fastpost.planning.optimizers import make_optimizer
@@ -43,7 +43,7 @@ class Traced:
 
     Attributes:
         request: the configuration.
-        windows: (phase, region of the model) -> its moment of most memory, in two steps.
+        windows: stretch of a step -> its moment of most memory, in two steps.
         at_rest: category -> bytes between steps.
         flops: operator -> operations of one batch.
         gathered: collective -> bytes of whole tensors, of one batch.
@@ -59,7 +59,7 @@ class Traced:
     """
 
     request: Request
-    windows: dict[tuple[str, str], Peak]
+    windows: dict[Window, Peak]
     at_rest: dict[str, int]
     flops: dict[str, int]
     gathered: dict[str, int]

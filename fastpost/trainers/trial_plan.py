@@ -42,7 +42,8 @@ def predicted_bytes(trainer: Any, method: str, shape: Shape) -> tuple[int | None
         _check_counts(trainer, traced)
     except (ValueError, RuntimeError) as reason:
         return None, str(reason)
-    return max(p.total for (phase, _), p in traced.windows.items() if "rollout" not in phase), ""
+    updates = (p for window, p in traced.windows.items() if "rollout" not in window.phase)
+    return max(peak.total for peak in updates), ""
 
 
 def _request(trainer: Any, method: str, shape: Shape) -> Request:

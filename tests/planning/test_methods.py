@@ -10,7 +10,14 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from bench.ops.measuring import peak_bytes
-from fastpost.planning.ledger import ACTIVATIONS, OPTIMIZER, PARAMETERS, REFERENCE, ROLLOUT_COPY
+from fastpost.planning.ledger import (
+    ACTIVATIONS,
+    OPTIMIZER,
+    PARAMETERS,
+    REFERENCE,
+    ROLLOUT_COPY,
+    Window,
+)
 from fastpost.planning.request import NOT_PLANNED, Adapter, Request
 from fastpost.planning.roofline import Assumptions, predict
 from fastpost.planning.trace import trace
@@ -62,7 +69,7 @@ def test_a_rollout_keeps_keys_of_all_its_completions() -> None:
     traced = trace(request, CONFIG)
     assert traced.sampled["cache_bytes"] == 2 * rows * 64 * layers * heads * width * 2
     assert traced.sampled["weight_bytes"] == 2 * PARAMETER_COUNT
-    assert any("rollout" in phase for phase, _ in traced.windows)
+    assert any("rollout" in window.phase for window in traced.windows)
     # twice the batches of a step are sampled at once
     twice = trace(replace(request, tokens_per_step=2 * 64 * rows), CONFIG)
     assert twice.sampled["cache_bytes"] == 2 * traced.sampled["cache_bytes"]
@@ -129,7 +136,7 @@ def test_offloaded_inputs_of_layers_lie_in_host_memory() -> None:
 def test_offloading_takes_what_grows_with_layers_off_the_gpu() -> None:
     config = type(CONFIG)(**CONFIG.to_dict() | {"num_hidden_layers": 5, "layer_types": None})
     request = Request("tiny", seq=512, precision="bf16")
-    window = ("second step, backward", "head")
+    window = Window("second step, backward", "head", 1)
     kept, moved = (
         trace(replace(request, offload=offload), config).windows[window].held[ACTIVATIONS]
         for offload in (False, True)
@@ -142,7 +149,7 @@ def test_offloading_takes_what_grows_with_layers_off_the_gpu() -> None:
 def test_tiles_of_an_mlp_hold_less() -> None:
     wide = type(CONFIG)(**CONFIG.to_dict() | {"intermediate_size": 4096, "layer_types": None})
     request = Request("tiny", seq=512, precision="bf16")
-    window = ("second step, backward", "layer -1")
+    window = Window("second step, backward", "layer -1", 1)
     plain, tiled = (trace(replace(request, mlp_tile_tokens=tokens), wide) for tokens in (None, 64))
     assert tiled.windows[window].held[ACTIVATIONS] < plain.windows[window].held[ACTIVATIONS] / 2
     # recomputing an MLP as a whole ends before its last product

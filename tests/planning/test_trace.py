@@ -14,6 +14,7 @@ from fastpost.planning.ledger import (
     PARAMETERS,
     Ledger,
     Moment,
+    Window,
 )
 from fastpost.planning.request import Adapter, Request
 from fastpost.planning.trace import trace
@@ -117,7 +118,7 @@ def test_a_ledger_names_bytes_afterwards() -> None:
     ledger.resize(grown, 7, backward)
     ledger.resize(kept, 0, backward)
     ledger.name(grown, GRADIENTS)
-    peak = ledger.peaks()["backward", ""]
+    peak = ledger.peaks()[Window("backward", "", 1)]
     assert peak.held == {GRADIENTS: 7, "activations": 10} and peak.total == 17
     assert ledger.held() == {GRADIENTS: 7}
 

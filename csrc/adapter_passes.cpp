@@ -6,6 +6,7 @@
 // Arithmetic is fp32. Every result is independent of the number of threads.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "philox.h"
@@ -150,9 +151,14 @@ FASTPOST_INLINE void dora_norms_rows(const DoraNorms& p, int64_t r) {
   float quadratic[kRowsAtOnce][kLanes] = {};
   for (int i = 0; i < kRowsAtOnce; ++i) {
     const int64_t row = std::min(r + i, p.rows - 1);
-    for (int64_t k = 0; k < p.rank; ++k) b[i][k] = p.b[row * p.rank + k];
+    std::memcpy(b[i], p.b + row * p.rank, p.rank * sizeof(float));
     const T* products = static_cast<const T*>(p.cross) + row * p.rank;
-    for (int64_t k = 0; k < p.rank; ++k) cross[i][k % kLanes] += load(products + k) * b[i][k];
+    int64_t k = 0;
+    for (; k + kLanes <= p.rank; k += kLanes) {
+#pragma omp simd simdlen(16)
+      for (int j = 0; j < kLanes; ++j) cross[i][j] += load(products + k + j) * b[i][k + j];
+    }
+    for (; k < p.rank; ++k) cross[i][k % kLanes] += load(products + k) * b[i][k];
   }
   for (int64_t k = 0; k < p.padded; k += kLanes) {
     float sums[kRowsAtOnce][kLanes] = {};

@@ -175,7 +175,9 @@ def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
     for i, (module, adapter) in enumerate(zip(modules, adapters, strict=True)):
         if adapter.magnitude is not None:
             norm = _weight_norm(module, adapter)
-            outputs[i] = scale_columns(outputs[i], adapter.magnitude, norm, adapter.bias)
+            outputs[i] = scale_columns(
+                outputs[i], adapter.magnitude, norm, adapter.bias, is_own=True
+            )
     if x.dim() < 3:
         return outputs
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastpost_kernels import _adapter_passes as passes
 from fastpost_kernels import dora_linear, dora_weight_norm, reference
 from fastpost_kernels._philox import random_words, threshold_of
-from fastpost_kernels.dora_linear import column_scale_bwd, column_scale_fwd
+from fastpost_kernels.dora_linear import column_scale_bwd, column_scale_fwd, scale_columns
 from fastpost_kernels.testing import assert_close_to_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -105,6 +107,40 @@ def test_column_scale_on_ragged_shapes(
     for name, (got, truth) in right.items():
         kind = FP32 if name == "d scale" else dtype
         assert_close_to_reference(got, truth, truth.to(kind), kind, name)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_a_result_in_the_memory_of_its_own_input(backend: str, dtype: torch.dtype) -> None:
+    """y replaces z, also for the backward, and magnitudes of zero keep their gradient."""
+    z, grad = torch.randn(2, 70, 9).to(dtype)
+    magnitude = torch.randn(9).abs()
+    magnitude[:5] = torch.tensor([0.0, -0.0, 1e-35, -1e-35, -2.0])
+    magnitude, norm = magnitude.to(dtype), torch.rand(9) + 1
+    wide = z.double().requires_grad_(), magnitude.double().requires_grad_()
+    truth = wide[1] / norm.double() * wide[0]
+    truths = [truth.detach(), *torch.autograd.grad(truth, wide, grad.double())]
+    leaves = z.requires_grad_(), magnitude.requires_grad_()
+    made = leaves[0] * 1  # memory of its own, as a product has
+    y = scale_columns(made, leaves[1], norm, None, is_own=True, backend=backend)
+    assert y.data_ptr() == made.data_ptr()
+    found = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+    for name, got, right in zip(("y", "d z", "d magnitude"), found, truths, strict=True):
+        assert got.dtype == dtype
+        assert_close_to_reference(got, right, right.to(dtype), dtype, name)
+    assert found[2][:5].abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("case", ["bias", "half", "strided", "watched"])
+def test_what_cannot_take_the_memory_of_its_input_leaves_it_alone(case: str) -> None:
+    z = torch.randn(6, 8, dtype=torch.float16 if case == "half" else torch.float32)
+    z, bias = z[:, :4] if case == "strided" else z, torch.randn(8) if case == "bias" else None
+    before, width = z.clone(), z.shape[1]
+    magnitude, norm = torch.randn(width).requires_grad_(), torch.rand(width) + 1
+    with FlopCounterMode(display=False) if case == "watched" else nullcontext():
+        y = scale_columns(z, magnitude, norm, bias, is_own=True)
+    assert torch.equal(z, before)
+    right = before * (magnitude / norm) + (0 if bias is None else bias)
+    torch.testing.assert_close(y, right.to(z.dtype), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2], ids=["portable", "avx2", "avx512"])

@@ -78,17 +78,18 @@ def column_scale_forward(
     bias: Tensor | None,  # [width]
     backend: str,
     simd_limit: int = -1,
+    out: Tensor | None = None,  # [rows, width], contiguous
 ) -> Tensor:
-    """z * scale + bias in z's dtype, rounded once."""
+    """z * scale + bias in z's dtype, rounded once; `out`, which may be z, takes it."""
     bias = None if bias is None else bias.to(scale.dtype).contiguous()
     if backend == "triton":
-        return passes_triton.column_scale_forward(z, scale, bias)
+        return passes_triton.column_scale_forward(z, scale, bias, out)
     if backend == "cpp":
         lib = library()
         assert lib is not None
         rows, width = z.shape
         z, scale = rows_of(z), scale.contiguous()
-        out = torch.empty(rows, width, dtype=z.dtype)
+        out = torch.empty(rows, width, dtype=z.dtype) if out is None else out
         lib.fastpost_column_scale_forward(
             z.dtype == torch.bfloat16,
             z.data_ptr(),
@@ -103,7 +104,8 @@ def column_scale_forward(
         )
         return out
     scaled = z * scale
-    return (scaled if bias is None else scaled + bias).to(z.dtype)
+    scaled = (scaled if bias is None else scaled + bias).to(z.dtype)
+    return scaled if out is None else out.copy_(scaled)
 
 
 def column_scale_backward(

@@ -145,10 +145,12 @@ def dropout(x: Tensor, seed: int, threshold: int, scale: float) -> Tensor:
     return out
 
 
-def column_scale_forward(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def column_scale_forward(
+    z: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     z, scale = z if z.stride(1) == 1 else z.contiguous(), scale.contiguous()
     rows, width = z.shape
-    out = z.new_empty(rows, width)
+    out = z.new_empty(rows, width) if out is None else out
     if out.numel():
         grid = (triton.cdiv(rows, SCALE_ROWS), triton.cdiv(width, SCALE_COLS))
         _column_scale_forward_kernel[grid](

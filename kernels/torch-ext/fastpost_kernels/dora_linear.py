@@ -15,20 +15,24 @@ The norm here is factored:
 instead of once per micro-batch; on CPUs all but the products W A^T and A A^T is one C++ pass. The
 sum cancels where W + sBA almost vanishes: rows of which less than CANCELLATION of the terms is left
 are computed from W + sBA itself, row by row.
-Rejected: folding m / n into W or into the GEMM's epilogue: dm needs z, so both are written anyway.
+Rejected: folding m / n into W: a second copy of it, rounded. Where the caller says that nobody else
+has z, y takes its memory and is kept in its place, dm = 1 / m * sum over rows of dy y: what reads y
+next (attention, an MLP's activation) often keeps it too, and then it is held once.
 
 FLOPs: those of `lora_linear`; 2 r (N K + r (N + K)) per norm. Kept for the backward beyond
-`lora_linear`: z [M, N] (PEFT keeps two such). Legend: M rows, K inputs, N outputs, r rank.
+`lora_linear`: z or y [M, N] (PEFT keeps two such). Legend: M rows, K inputs, N outputs, r rank.
 Source: Liu et al., "DoRA" (arXiv:2402.09353), equations 5, 6 and 11.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._adapter_passes import column_scale_backward, column_scale_forward, dora_norms
 from ._cost import register_costs
@@ -144,6 +148,38 @@ _call_scale_gradients = DirectOp(column_scale_bwd, _scale_gradients)
 _call_scale = DirectOp(column_scale_fwd, _scale, (0, 1, 3), _setup_context, _backward)
 
 
+class _ScaleOver(torch.autograd.Function):
+    """z * magnitude / weight_norm in the memory of z, which is kept as it is then."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, magnitude: Tensor, weight_norm: Tensor, backend: str
+    ) -> Tensor:
+        wide = magnitude.to(statistics_dtype(z.dtype))
+        # what was multiplied by zero cannot be found again
+        nonzero = wide.masked_fill(wide == 0, _LEAST_MAGNITUDE)
+        column = nonzero / weight_norm.to(wide.dtype)
+        with torch.cuda.device_of(z):
+            y = column_scale_forward(z, column, None, backend, out=z).detach()
+        ctx.save_for_backward(y, nonzero, column)
+        ctx.backend, ctx.dtype = backend, magnitude.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_z, need_magnitude, _, _ = ctx.needs_input_grad
+        y, nonzero, column = ctx.saved_tensors
+        with torch.cuda.device_of(y):
+            d_z, sums = column_scale_backward(
+                grad, y if need_magnitude else None, column, need_z, ctx.backend
+            )
+        return d_z, None if sums is None else (sums / nonzero).to(ctx.dtype), None, None
+
+
+_LEAST_MAGNITUDE = 1e-30
+
+
 def _no_flops(*args: Any, **kwargs: Any) -> int:
     return 0  # torch's counter counts multiplications of matrices only
 
@@ -209,9 +245,10 @@ def dora_weight_norm(
         square_norm = row_square_norms(weight)
     wide = square_norm.dtype
     a_wide, b_wide = a.to(wide), b.to(wide)
-    norms = torch.empty_like(square_norm)
+    norms = []
+    kind = square_norm.device.type
     # autocast would round the fp32 products too
-    with torch.autocast(square_norm.device.type, enabled=False):
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         gram = a_wide @ a_wide.t()
         for part, rows in _row_tiles(weight, a.dtype):
             cross = rows @ a.to(rows.dtype).t()
@@ -223,8 +260,8 @@ def dora_weight_norm(
             if bool(lost.any()):
                 exact = rows[lost].to(wide) + scale * (b_wide[part][lost] @ a_wide)
                 found[lost] = torch.linalg.vector_norm(exact, dim=1)
-            norms[part] = found
-    return norms
+            norms.append(found)
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
 @torch.no_grad()
@@ -290,9 +327,14 @@ def scale_columns(
     weight_norm: Tensor,  # [N]
     bias: Tensor | None,  # [N]
     *,
+    is_own: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """`magnitude / weight_norm * z + bias`: DoRA from what `lora_linears` gives without a bias.
+
+    Args:
+        is_own: nobody else has z, and nothing changes the result in place: where it can, the result
+            takes the memory of z and is kept for the backward in its place.
 
     Raises:
         ValueError: a magnitude or norm that is not [N].
@@ -300,7 +342,15 @@ def scale_columns(
     _check_columns(z.shape[-1], magnitude, weight_norm)
     # a view is one more node of autograd
     flat = z if z.dim() == 2 else z.view(-1, z.shape[-1])
-    y = _call_scale(flat, magnitude, weight_norm.detach(), bias, backend)
+    norm = weight_norm.detach()
+    # float16 has no room for the result of a magnitude near zero
+    can_overwrite = is_own and bias is None and z.dtype != torch.float16 and flat.is_contiguous()
+    if can_overwrite and not is_watched((flat, magnitude, norm)):
+        y = _ScaleOver.apply(
+            flat, magnitude, norm, resolve_backend(backend, flat.device, flat.dtype)
+        )
+    else:
+        y = _call_scale(flat, magnitude, norm, bias, backend)
     return y if z.dim() == 2 else y.view(z.shape)
 
 

@@ -143,7 +143,8 @@ def _rows(case: Case) -> Dataset:
         if case.method == "SFT":
             row["text"] = words(case.answer)
         elif case.method in ("DPO", "Reward"):
-            row |= {"chosen": " " + words(case.answer), "rejected": " " + words(case.answer)}
+            count = case.answer - 1  # an end token follows
+            row |= {"chosen": " " + words(count), "rejected": " " + words(count)}
         rows.append(row)
     return Dataset.from_list(rows)
 

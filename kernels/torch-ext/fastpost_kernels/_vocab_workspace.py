@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ._choices import CHOICES, choose, weight_shape
+from ._device import resolve_backend
 from ._transposed_product import STRIP
 from ._vocab_passes import BLOCK_ELEMENTS
 from ._vocab_tiles import TILE_ROWS, statistics_dtype, tile_shape
@@ -39,7 +40,7 @@ __all__ = [
 
 # fp32 temporaries alive at once: vectors of [M], and blocks of BLOCK_ELEMENTS by backend.
 ROW_VECTORS = 48
-BLOCKS = {"auto": 10, "torch": 10, "cpp": 3, "triton": 3}
+BLOCKS = {"torch": 10, "cpp": 3, "triton": 3}
 
 
 class HeadSize(NamedTuple):
@@ -57,6 +58,8 @@ class HeadSize(NamedTuple):
     rank: int = 0  # of an adapter; 0 is none
     filtered: bool = False
     device: torch.device | None = None
+    casts_hidden: bool = True
+    casts_weight: bool = True
 
     @classmethod
     def of(
@@ -78,11 +81,13 @@ class HeadSize(NamedTuple):
             weight.dtype.itemsize,
             dtype.itemsize,
             statistics_dtype(dtype).itemsize,
-            backend,
+            resolve_backend(backend, hidden.device, dtype),
             budget,
             0 if lora_a is None else lora_a.shape[0],
             filter_eps is not None,
             hidden.device,
+            hidden.dtype != dtype,
+            weight.dtype != dtype,
         )
 
 
@@ -117,8 +122,8 @@ def recompute_plan(
 
 def _common(size: HeadSize, chunk: int, cols: int) -> int:
     """Gathered and cast rows of hidden, a cast weight tile, bias, vectors and blocks."""
-    copies = chunk * size.width * (size.hidden_bytes + size.gemm_bytes)
-    cast_weight = cols * size.width * size.gemm_bytes
+    copies = chunk * size.width * (size.hidden_bytes + size.gemm_bytes * size.casts_hidden)
+    cast_weight = cols * size.width * size.gemm_bytes * size.casts_weight
     numbers = ROW_VECTORS * size.rows + size.vocab + BLOCKS[size.backend] * BLOCK_ELEMENTS
     return copies + cast_weight + numbers * size.wide_bytes + _adapter(size, chunk, cols)
 

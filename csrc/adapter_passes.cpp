@@ -236,11 +236,25 @@ FASTPOST_EXPORT void fastpost_dropout(int is_bf16, const void* x, int64_t x_stri
 }
 FASTPOST_ARGUMENTS(fastpost_dropout)
 
+// With a norm [width], `scale` is a magnitude that is divided by it; one of zero counts as this: what
+// was multiplied by zero could not be found again.
+constexpr float kLeastMagnitude = 1e-30f;
+
+FASTPOST_INLINE float off_zero(float x) { return x == 0.0f ? kLeastMagnitude : x; }
+
+std::vector<float> ratios(const float* magnitude, const float* norm, int64_t width) {
+  std::vector<float> found(norm ? width : 0);
+  for (int64_t j = 0; j < int64_t(found.size()); ++j) found[j] = off_zero(magnitude[j]) / norm[j];
+  return found;
+}
+
 FASTPOST_EXPORT void fastpost_column_scale_forward(int is_bf16, const void* z, int64_t z_stride,
                                                    int64_t rows, int64_t width, const float* scale,
-                                                   const float* bias, void* out, int simd_limit,
-                                                   int threads) {
-  const ColumnScale p{z, nullptr, z_stride, 0, rows, width, scale, bias, out, nullptr, 1};
+                                                   const float* norm, const float* bias, void* out,
+                                                   int simd_limit, int threads) {
+  const std::vector<float> column = ratios(scale, norm, width);
+  const ColumnScale p{z,     nullptr, z_stride, 0,   rows,
+                      width, norm ? column.data() : scale, bias, out, nullptr, 1};
   const auto row = is_bf16 ? column_scale_forward_row_for<bf16>(simd_limit)
                            : column_scale_forward_row_for<float>(simd_limit);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -248,18 +262,20 @@ FASTPOST_EXPORT void fastpost_column_scale_forward(int is_bf16, const void* z, i
 }
 FASTPOST_ARGUMENTS(fastpost_column_scale_forward)
 
-// d_z [rows, width] and d_scale [width]; either may be null.
+// d_z [rows, width] and d_scale [width]; either may be null. With a norm, z is what it was scaled to,
+// and d_scale is that of the magnitude.
 FASTPOST_EXPORT void fastpost_column_scale_backward(int is_bf16, const void* grad,
                                                     int64_t grad_stride, const void* z,
                                                     int64_t z_stride, int64_t rows, int64_t width,
-                                                    const float* scale, void* d_z, float* d_scale,
-                                                    int simd_limit, int threads) {
+                                                    const float* scale, const float* norm, void* d_z,
+                                                    float* d_scale, int simd_limit, int threads) {
   const int64_t block_rows = std::max(kMinBlockRows, (rows + kMaxBlocks - 1) / kMaxBlocks);
   const int64_t blocks = (rows + block_rows - 1) / block_rows;
   std::vector<float> partials(d_scale ? blocks * width : 0);
-  const ColumnScale p{z,   grad,    z_stride, grad_stride, rows,
-                      width, scale, nullptr,  d_z,         d_scale ? partials.data() : nullptr,
-                      block_rows};
+  const std::vector<float> column = ratios(scale, norm, width);
+  const ColumnScale p{z,     grad,  z_stride, grad_stride, rows,
+                      width, norm ? column.data() : scale,
+                      nullptr, d_z, d_scale ? partials.data() : nullptr, block_rows};
   const auto row = is_bf16 ? column_scale_backward_row_for<bf16>(simd_limit)
                            : column_scale_backward_row_for<float>(simd_limit);
   const auto four = is_bf16 ? column_scale_backward_four_for<bf16>(simd_limit)
@@ -276,6 +292,7 @@ FASTPOST_EXPORT void fastpost_column_scale_backward(int is_bf16, const void* gra
   for (int64_t j = 0; j < width; j += kColumns) {
     sum_blocks(partials.data(), blocks, width, j, std::min(width, j + kColumns), d_scale);
   }
+  for (int64_t j = 0; norm && j < width; ++j) d_scale[j] /= off_zero(scale[j]);
 }
 FASTPOST_ARGUMENTS(fastpost_column_scale_backward)
 

@@ -35,7 +35,7 @@ from fastpost_kernels import (
     nf4_linear,
     row_square_norms,
 )
-from fastpost_kernels.dora_linear import scale_columns
+from fastpost_kernels.dora_linear import scale_columns, scale_own_columns
 
 __all__ = [
     "ATTENTIONS",
@@ -172,12 +172,17 @@ def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
         assert isinstance(weight, Tensor)
         layers.append(LoraWeights(weight, bias if magnitude is None else None, a, b, scale))
     outputs = lora_linears(x if x.dim() < 3 else x.reshape(-1, x.shape[-1]), layers)
-    for i, (module, adapter) in enumerate(zip(modules, adapters, strict=True)):
-        if adapter.magnitude is not None:
-            norm = _weight_norm(module, adapter)
-            outputs[i] = scale_columns(
-                outputs[i], adapter.magnitude, norm, adapter.bias, is_own=True
-            )
+    with_norms = [i for i, adapter in enumerate(adapters) if adapter.magnitude is not None]
+    norms = {i: _weight_norm(modules[i], adapters[i]) for i in with_norms}
+    own = [i for i in with_norms if adapters[i].bias is None]
+    if own:
+        magnitudes = [adapters[i].magnitude for i in own]
+        scaled = scale_own_columns([outputs[i] for i in own], magnitudes, [norms[i] for i in own])
+        for i, y in zip(own, scaled, strict=True):
+            outputs[i] = y
+    for i in set(with_norms) - set(own):
+        magnitude = adapters[i].magnitude
+        outputs[i] = scale_columns(outputs[i], magnitude, norms[i], adapters[i].bias)
     if x.dim() < 3:
         return outputs
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]

@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument(
         "kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}, or nf4: all"
     )
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=8, help="8, as transformers has it")
     parser.add_argument("--rounds", type=int, help="5; of nf4 40")
     options = parser.parse_args()
     if options.kinds == ["nf4"]:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastpost_kernels import _adapter_passes as passes
 from fastpost_kernels import dora_linear, dora_weight_norm, reference
 from fastpost_kernels._philox import random_words, threshold_of
-from fastpost_kernels.dora_linear import column_scale_bwd, column_scale_fwd, scale_columns
+from fastpost_kernels.dora_linear import column_scale_bwd, column_scale_fwd, scale_own_columns
 from fastpost_kernels.testing import assert_close_to_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -120,27 +120,27 @@ def test_a_result_in_the_memory_of_its_own_input(backend: str, dtype: torch.dtyp
     truth = wide[1] / norm.double() * wide[0]
     truths = [truth.detach(), *torch.autograd.grad(truth, wide, grad.double())]
     leaves = z.requires_grad_(), magnitude.requires_grad_()
-    made = leaves[0] * 1  # memory of its own, as a product has
-    y = scale_columns(made, leaves[1], norm, None, is_own=True, backend=backend)
-    assert y.data_ptr() == made.data_ptr()
-    found = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+    made = [leaves[0] * factor for factor in (1, 3)]  # memory of its own, as a product has
+    y, other = scale_own_columns(made, [leaves[1]] * 2, [norm] * 2, backend=backend)
+    assert [y.data_ptr(), other.data_ptr()] == [z.data_ptr() for z in made]
+    torch.testing.assert_close(other, 3 * y, rtol=0.02, atol=0.02)
+    found = [y.detach(), *torch.autograd.grad(y, leaves, grad)]  # nothing of the other
     for name, got, right in zip(("y", "d z", "d magnitude"), found, truths, strict=True):
         assert got.dtype == dtype
         assert_close_to_reference(got, right, right.to(dtype), dtype, name)
     assert found[2][:5].abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("case", ["bias", "half", "strided", "watched"])
+@pytest.mark.parametrize("case", ["half", "strided", "watched"])
 def test_what_cannot_take_the_memory_of_its_input_leaves_it_alone(case: str) -> None:
     z = torch.randn(6, 8, dtype=torch.float16 if case == "half" else torch.float32)
-    z, bias = z[:, :4] if case == "strided" else z, torch.randn(8) if case == "bias" else None
+    z = z[:, :4] if case == "strided" else z
     before, width = z.clone(), z.shape[1]
     magnitude, norm = torch.randn(width).requires_grad_(), torch.rand(width) + 1
     with FlopCounterMode(display=False) if case == "watched" else nullcontext():
-        y = scale_columns(z, magnitude, norm, bias, is_own=True)
+        (y,) = scale_own_columns([z], [magnitude], [norm])
     assert torch.equal(z, before)
-    right = before * (magnitude / norm) + (0 if bias is None else bias)
-    torch.testing.assert_close(y, right.to(z.dtype), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y, (before * (magnitude / norm)).to(z.dtype), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2], ids=["portable", "avx2", "avx512"])

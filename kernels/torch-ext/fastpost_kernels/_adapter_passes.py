@@ -33,6 +33,7 @@ __all__ = [
 MAX_NORM_RANK = 64
 # A norm^2 below this share of its positive terms has lost the digits of 16-bit products.
 CANCELLATION = 2**-4
+LEAST_MAGNITUDE = 1e-30
 
 # Less than this per thread, and waking it costs more than it saves.
 _ELEMENTS_PER_THREAD = 1 << 14
@@ -79,9 +80,16 @@ def column_scale_forward(
     backend: str,
     simd_limit: int = -1,
     out: Tensor | None = None,  # [rows, width], contiguous
+    norm: Tensor | None = None,  # [width] fp32
 ) -> Tensor:
-    """z * scale + bias in z's dtype, rounded once; `out`, which may be z, takes it."""
+    """z * scale + bias in z's dtype, rounded once; `out`, which may be z, takes it.
+
+    With a norm, `scale` is a magnitude to be divided by it; one of zero counts as LEAST_MAGNITUDE:
+    what was multiplied by zero could not be found again.
+    """
     bias = None if bias is None else bias.to(scale.dtype).contiguous()
+    if norm is not None and backend != "cpp":
+        scale = off_zero(scale) / norm
     if backend == "triton":
         return passes_triton.column_scale_forward(z, scale, bias, out)
     if backend == "cpp":
@@ -89,6 +97,7 @@ def column_scale_forward(
         assert lib is not None
         rows, width = z.shape
         z, scale = rows_of(z), scale.contiguous()
+        norm = None if norm is None else norm.contiguous()
         out = torch.empty(rows, width, dtype=z.dtype) if out is None else out
         lib.fastpost_column_scale_forward(
             z.dtype == torch.bfloat16,
@@ -97,6 +106,7 @@ def column_scale_forward(
             rows,
             width,
             scale.data_ptr(),
+            None if norm is None else norm.data_ptr(),
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             simd_limit,
@@ -115,8 +125,16 @@ def column_scale_backward(
     need_z: bool,
     backend: str,
     simd_limit: int = -1,
+    norm: Tensor | None = None,  # [width] fp32
 ) -> tuple[Tensor | None, Tensor | None]:
-    """d z [rows, width] and d scale [width] in fp32; None where not needed (`z` None)."""
+    """d z [rows, width] and d scale [width] in fp32; None where not needed (`z` None).
+
+    With a norm, `z` is what it was scaled to, and d scale is that of the magnitude.
+    """
+    if norm is not None and backend != "cpp":
+        nonzero = off_zero(scale)
+        d_z, sums = column_scale_backward(grad, z, nonzero / norm, need_z, backend)
+        return d_z, None if sums is None else sums / nonzero
     if backend == "triton":
         return passes_triton.column_scale_backward(grad, z, scale, need_z)
     if backend == "cpp":
@@ -124,6 +142,7 @@ def column_scale_backward(
         assert lib is not None
         rows, width = grad.shape
         grad, scale = rows_of(grad), scale.contiguous()
+        norm = None if norm is None else norm.contiguous()
         z = None if z is None else rows_of(z)
         d_z = torch.empty(rows, width, dtype=grad.dtype) if need_z else None
         d_scale = None if z is None else torch.empty(width, dtype=torch.float32)
@@ -136,6 +155,7 @@ def column_scale_backward(
             rows,
             width,
             scale.data_ptr(),
+            None if norm is None else norm.data_ptr(),
             None if d_z is None else d_z.data_ptr(),
             None if d_scale is None else d_scale.data_ptr(),
             simd_limit,
@@ -144,6 +164,11 @@ def column_scale_backward(
         return d_z, d_scale
     d_scale = None if z is None else (grad.to(scale.dtype) * z).sum(0)
     return (grad * scale).to(grad.dtype) if need_z else None, d_scale
+
+
+def off_zero(magnitude: Tensor) -> Tensor:
+    """The magnitude with LEAST_MAGNITUDE in the place of zeros."""
+    return magnitude.masked_fill(magnitude == 0, LEAST_MAGNITUDE)
 
 
 def dora_norms(

@@ -63,10 +63,10 @@ _SIGNATURES = {
         [_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _POINTER, _INT, _INT]
     ),
     "fastpost_column_scale_forward": (
-        [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT]
+        [_INT, _POINTER, _LONG, _LONG, _LONG] + [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT]
     ),
     "fastpost_column_scale_backward": (
-        [_INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER]
+        [_INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER]
         + [_POINTER, _POINTER, _INT, _INT]
     ),
     "fastpost_dora_norms": (

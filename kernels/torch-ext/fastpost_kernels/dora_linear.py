@@ -26,7 +26,7 @@ Source: Liu et al., "DoRA" (arXiv:2402.09353), equations 5, 6 and 11.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -46,7 +46,13 @@ from ._vocab_tiles import statistics_dtype
 from .lora_linear import lora_linear
 from .nf4_linear import nf4_linear
 
-__all__ = ["dora_linear", "dora_weight_norm", "row_square_norms", "scale_columns"]
+__all__ = [
+    "dora_linear",
+    "dora_weight_norm",
+    "row_square_norms",
+    "scale_columns",
+    "scale_own_columns",
+]
 
 
 def _column(magnitude: Tensor, weight_norm: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,35 +155,46 @@ _call_scale = DirectOp(column_scale_fwd, _scale, (0, 1, 3), _setup_context, _bac
 
 
 class _ScaleOver(torch.autograd.Function):
-    """z * magnitude / weight_norm in the memory of z, which is kept as it is then."""
+    """z * magnitude / weight_norm in the memory of z, which is kept as it is then: several at once,
+    for a node of autograd costs as much as a pass over a few hundred rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, magnitude: Tensor, weight_norm: Tensor, backend: str
-    ) -> Tensor:
-        wide = magnitude.to(statistics_dtype(z.dtype))
-        # what was multiplied by zero cannot be found again
-        nonzero = wide.masked_fill(wide == 0, _LEAST_MAGNITUDE)
-        column = nonzero / weight_norm.to(wide.dtype)
-        with torch.cuda.device_of(z):
-            y = column_scale_forward(z, column, None, backend, out=z).detach()
-        ctx.save_for_backward(y, nonzero, column)
-        ctx.backend, ctx.dtype = backend, magnitude.dtype
-        return y
+    def forward(ctx: Any, norms: list[Tensor], backend: str, *leaves: Tensor) -> Any:
+        count = len(norms)
+        zs, ctx.dtypes = leaves[:count], [m.dtype for m in leaves[count:]]
+        wide = [m.to(norm.dtype) for m, norm in zip(leaves[count:], norms, strict=True)]
+        with torch.cuda.device_of(zs[0]):
+            ys = [
+                column_scale_forward(z, m, None, backend, out=z, norm=norm).detach()
+                for z, m, norm in zip(zs, wide, norms, strict=True)
+            ]
+        ctx.save_for_backward(*ys, *wide, *norms)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_z, need_magnitude, _, _ = ctx.needs_input_grad
-        y, nonzero, column = ctx.saved_tensors
-        with torch.cuda.device_of(y):
-            d_z, sums = column_scale_backward(
-                grad, y if need_magnitude else None, column, need_z, ctx.backend
-            )
-        return d_z, None if sums is None else (sums / nonzero).to(ctx.dtype), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # someone may differentiate once more
+            return once_differentiable(_ScaleOver._gradients)(ctx, *grads)
+        return _ScaleOver._gradients(ctx, *grads)
 
-
-_LEAST_MAGNITUDE = 1e-30
+    @staticmethod
+    def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        count, saved = len(grads), ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        d_zs: list[Tensor | None] = [None] * count
+        d_magnitudes: list[Tensor | None] = [None] * count
+        with torch.cuda.device_of(saved[0]):
+            for i, grad in enumerate(grads):
+                if grad is None:
+                    continue
+                y, wide, norm = saved[i::count]
+                d_zs[i], found = column_scale_backward(
+                    grad, y if needs[count + i] else None, wide, needs[i], ctx.backend, norm=norm
+                )
+                d_magnitudes[i] = None if found is None else found.to(ctx.dtypes[i])
+        return None, None, *d_zs, *d_magnitudes
 
 
 def _no_flops(*args: Any, **kwargs: Any) -> int:
@@ -327,14 +344,9 @@ def scale_columns(
     weight_norm: Tensor,  # [N]
     bias: Tensor | None,  # [N]
     *,
-    is_own: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """`magnitude / weight_norm * z + bias`: DoRA from what `lora_linears` gives without a bias.
-
-    Args:
-        is_own: nobody else has z, and nothing changes the result in place: where it can, the result
-            takes the memory of z and is kept for the backward in its place.
 
     Raises:
         ValueError: a magnitude or norm that is not [N].
@@ -343,15 +355,34 @@ def scale_columns(
     # a view is one more node of autograd
     flat = z if z.dim() == 2 else z.view(-1, z.shape[-1])
     norm = weight_norm.detach()
-    # float16 has no room for the result of a magnitude near zero
-    can_overwrite = is_own and bias is None and z.dtype != torch.float16 and flat.is_contiguous()
-    if can_overwrite and not is_watched((flat, magnitude, norm)):
-        y = _ScaleOver.apply(
-            flat, magnitude, norm, resolve_backend(backend, flat.device, flat.dtype)
-        )
-    else:
-        y = _call_scale(flat, magnitude, norm, bias, backend)
+    y = _call_scale(flat, magnitude, norm, bias, backend)
     return y if z.dim() == 2 else y.view(z.shape)
+
+
+def scale_own_columns(
+    zs: Sequence[Tensor],  # each [M, N_i]
+    magnitudes: Sequence[Tensor],  # each [N_i]
+    weight_norms: Sequence[Tensor],  # each [N_i]
+    *,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """`magnitude / weight_norm * z` of each, for z that nobody else has and results that nothing
+    changes in place: where it can, a result takes the memory of its z and is kept in its place.
+
+    Raises:
+        ValueError: a magnitude or norm that is not [N_i].
+    """
+    groups = list(zip(zs, magnitudes, weight_norms, strict=True))
+    for z, magnitude, norm in groups:
+        _check_columns(z.shape[-1], magnitude, norm)
+    wide = statistics_dtype(zs[0].dtype)
+    # float16 has no room for the result of a magnitude near zero
+    can_overwrite = all(z.dtype != torch.float16 and z.dim() == 2 and z.is_contiguous() for z in zs)
+    if not can_overwrite or is_watched((*zs, *magnitudes, *weight_norms)):
+        return [scale_columns(*group, None, backend=backend) for group in groups]
+    norms = [norm.detach().to(wide) for norm in weight_norms]
+    backend = resolve_backend(backend, zs[0].device, zs[0].dtype)
+    return list(_ScaleOver.apply(norms, backend, *zs, *magnitudes))
 
 
 def _check_columns(outputs: int, magnitude: Tensor, weight_norm: Tensor) -> None:

@@ -172,17 +172,22 @@ def group_forward(modules: list[nn.Module], x: Tensor) -> list[Tensor] | None:
         assert isinstance(weight, Tensor)
         layers.append(LoraWeights(weight, bias if magnitude is None else None, a, b, scale))
     outputs = lora_linears(x if x.dim() < 3 else x.reshape(-1, x.shape[-1]), layers)
-    with_norms = [i for i, adapter in enumerate(adapters) if adapter.magnitude is not None]
-    norms = {i: _weight_norm(modules[i], adapters[i]) for i in with_norms}
-    own = [i for i in with_norms if adapters[i].bias is None]
+    own: list[int] = []
+    magnitudes, norms = [], []
+    for i, (module, adapter) in enumerate(zip(modules, adapters, strict=True)):
+        if adapter.magnitude is None:
+            continue
+        norm = _weight_norm(module, adapter)
+        if adapter.bias is not None:
+            outputs[i] = scale_columns(outputs[i], adapter.magnitude, norm, adapter.bias)
+            continue
+        own.append(i)
+        magnitudes.append(adapter.magnitude)
+        norms.append(norm)
     if own:
-        magnitudes = [adapters[i].magnitude for i in own]
-        scaled = scale_own_columns([outputs[i] for i in own], magnitudes, [norms[i] for i in own])
+        scaled = scale_own_columns([outputs[i] for i in own], magnitudes, norms)
         for i, y in zip(own, scaled, strict=True):
             outputs[i] = y
-    for i in set(with_norms) - set(own):
-        magnitude = adapters[i].magnitude
-        outputs[i] = scale_columns(outputs[i], magnitude, norms[i], adapters[i].bias)
     if x.dim() < 3:
         return outputs
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]

@@ -32,4 +32,5 @@ def test_a_process_holds_its_part_and_a_tensor_or_two(tmp_path: Path) -> None:
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["kept"] == pytest.approx(sum(files) / 2, rel=0.01)
+        # on a CPU the part itself may be pages of the file, which count as the system's cache
         assert found["peak"] < found["kept"] + max(files) < 0.65 * sum(files)

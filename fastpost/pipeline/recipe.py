@@ -280,7 +280,7 @@ _SCORER_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "reasoning_gym": (("task",), ("problems", "seed", "max_new_tokens")),
     "reward": (("reward", "dataset"), ("split", "problems", "max_new_tokens")),
     "judge": (("judge", "dataset", "criteria"), ("split", "problems", "max_new_tokens")),
-    "lm_eval": (("tasks",), ("limit",)),
+    "lm_eval": (("tasks",), ("limit", "include_path")),
 }
 
 

@@ -210,13 +210,16 @@ def chat_model_of(given: Mapping[str, Any]) -> ChatModel:
 
 def _lm_eval(model: str, scorer: Mapping[str, Any], found: Evaluated) -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        found.skipped[scorer["name"]] = "lm-evaluation-harness is not installed (pip: lm-eval)"
+        found.skipped[scorer["name"]] = "not installed: pip install fastpost[lm-eval]"
         return
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     results = lm_eval.simple_evaluate(
-        model="hf", model_args=f"pretrained={model}", tasks=scorer["tasks"],
-        limit=scorer.get("limit"),
+        model="hf", model_args={"pretrained": model}, tasks=scorer["tasks"],
+        limit=scorer.get("limit"), bootstrap_iters=0,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        task_manager=TaskManager(include_path=scorer.get("include_path")),
     )  # fmt: skip
     for task, figures in results["results"].items():
         value = figures.get("exact_match,strict-match", figures.get("acc,none"))
@@ -224,12 +227,6 @@ def _lm_eval(model: str, scorer: Mapping[str, Any], found: Evaluated) -> None:
             found.skipped[task] = f"no accuracy among {sorted(figures)}"
             continue
         samples = results["n-samples"][task]["effective"]
-        low, high = (value + side * 1.96 * _error(value, samples) for side in (-1, 1))
-        found.scores[task] = {
-            "value": value, "low": max(0.0, low), "high": min(1.0, high), "n": samples,
-            "tolerance": scorer["tolerance"],
-        }  # fmt: skip
-
-
-def _error(value: float, samples: int) -> float:
-    return float((value * (1 - value) / samples) ** 0.5)
+        right = round(value * samples)
+        marks = [1.0] * right + [0.0] * (samples - right)
+        found.scores[task] = score(marks, scorer["tolerance"])

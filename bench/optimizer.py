@@ -3,6 +3,7 @@
 SmolLM2-135M is fine-tuned on worked sums from the same rows, in their order, at the same rates by
 
     fp32      torch's AdamW on fp32 weights with fp32 states, products in bf16 (autocast)
+    states    `AdamW8bit` on fp32 weights: 8-bit states alone
     8-bit     `AdamW8bit` on bf16 weights, rounded at random
     nearest   `AdamW8bit` on bf16 weights, rounded to nearest
 
@@ -33,6 +34,7 @@ from fastpost_kernels import AdamW8bit
 # Name -> dtype of the weights, class, options.
 OPTIMIZERS: dict[str, tuple[torch.dtype, Any, dict[str, Any]]] = {
     "fp32": (torch.float32, torch.optim.AdamW, {"fused": True}),
+    "states": (torch.float32, AdamW8bit, {}),
     "8-bit": (torch.bfloat16, AdamW8bit, {}),
     "nearest": (torch.bfloat16, AdamW8bit, {"stochastic_rounding": False}),
 }
@@ -126,10 +128,10 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=2, help="a step")
     parser.add_argument("--held-out-rows", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--limit", type=int, help="runs of this call; the next one goes on")

@@ -81,7 +81,7 @@ class HeadSize(NamedTuple):
             weight.dtype.itemsize,
             dtype.itemsize,
             statistics_dtype(dtype).itemsize,
-            resolve_backend(backend, hidden.device, dtype),
+            backend if backend != "auto" else resolve_backend("auto", hidden.device, dtype),
             budget,
             0 if lora_a is None else lora_a.shape[0],
             filter_eps is not None,

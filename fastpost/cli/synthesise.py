@@ -119,7 +119,7 @@ def _filters(args: argparse.Namespace, cache: str) -> Filters:
     return Filters(
         min_words=args.min_words,
         max_words=args.max_words,
-        scripts=tuple(args.script),
+        languages=tuple(args.language),
         drop_refusals=not args.keep_refusals,
         near_duplicates=args.near_duplicates or None,
         judge=judge,
@@ -220,7 +220,7 @@ def _add_filters(parser: PlainParser) -> None:
     add = parser.add_argument_group("filters").add_argument
     add("--min-words", type=int, default=1, help="of an answer (1)")
     add("--max-words", type=int, help="of an answer")
-    add("--script", action="append", default=[], help="Latin, Cyrillic, Chinese, ...; repeatable")
+    add("--language", action="append", default=[], help="en, fr, zh, ...; repeatable")
     add("--keep-refusals", action="store_true", help="answers that refuse stay")
     add("--near-duplicates", type=float, default=0.8, help="similarity of prompts; 0: off (0.8)")
     add("--judges", metavar="FILE", help="YAML file of at least three judges")

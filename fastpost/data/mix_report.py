@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from fastpost.data.languages import main_language
 from fastpost.data.mixture import Mixture
 from fastpost.data.near_duplicates import NearDuplicates
 from fastpost.data.normalisers import HABITS, habits_of, opening
 from fastpost.data.rows import Row
-from fastpost.data.scripts import main_script
 from fastpost.data.turns import row_texts, turns
 
 __all__ = ["MixReport", "MixReporter"]
@@ -34,7 +34,7 @@ class MixReport:
         lengths, turns: 50 %, 90 %, 99 % and 100 % quantile.
         buckets: share of rows by length bucket.
         truncated: rows longer than the recipe's max_length; None where it has none.
-        scripts: share of rows by main script.
+        languages: share of rows by language, "und" where none is likely.
         near_duplicates: distinct rows that resemble an earlier one; with examples.
         answers: texts of the assistant. habits: share of them by habit.
         openings: the most frequent pleasantries they open with.
@@ -47,7 +47,7 @@ class MixReport:
     turns: list[int] = field(default_factory=list)
     buckets: dict[str, float] = field(default_factory=dict)
     truncated: int | None = None
-    scripts: dict[str, float] = field(default_factory=dict)
+    languages: dict[str, float] = field(default_factory=dict)
     near_duplicates: int = 0
     near_duplicate_examples: list[dict[str, Any]] = field(default_factory=list)
     answers: int = 0
@@ -71,7 +71,7 @@ class MixReport:
         if self.truncated is not None:
             lines.append(f"truncated: {self.truncated:,} rows")
         lines.append("turns a row: " + quantiles.format(*self.turns))
-        lines.append(f"scripts: {shares(self.scripts)}")
+        lines.append(f"languages: {shares(self.languages)}")
         lines.append(f"near-duplicates: {self.near_duplicates:,} distinct rows")
         lines += [
             f"  {e['row']} ~ {e['earlier']} ({e['similarity']:.2f}): {e['text']}"
@@ -98,7 +98,7 @@ class MixReporter:
         self._places: list[int] = []
         self._lengths: list[int] = []
         self._turns: list[int] = []
-        self._scripts: Counter[str] = Counter()
+        self._languages: Counter[str] = Counter()
         self._habits: Counter[str] = Counter()
         self._openings: Counter[str] = Counter()
         self._answers = 0
@@ -117,7 +117,7 @@ class MixReporter:
         text = _text(row)
         self._places.append(position)
         self._lengths.append(mixture.length(row))
-        self._scripts[main_script(text)] += 1
+        self._languages[main_language(text)] += 1
         found = list(turns(row))
         self._turns.append(len(found))
         for turn in found:
@@ -157,7 +157,7 @@ class MixReporter:
             made.buckets = dict(zip([*names, f"{edges[-1]}+"], shares, strict=True))
         if recipe.max_length is not None:
             made.truncated = int((lengths > recipe.max_length).sum())
-        made.scripts = {name: n / rows for name, n in self._scripts.most_common()}
+        made.languages = {name: n / rows for name, n in self._languages.most_common()}
         made.answers = self._answers
         made.habits = {name: self._habits[name] / max(1, self._answers) for name in HABITS}
         made.openings = dict(self._openings.most_common(_SHOWN))

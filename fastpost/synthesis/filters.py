@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from fastpost.chat_model.interface import Conversation
 from fastpost.chat_model.usage import Estimate
+from fastpost.data.languages import UNDETERMINED, main_language, require_languages
 from fastpost.data.near_duplicates import NearDuplicates
 from fastpost.data.rows import Row
-from fastpost.data.scripts import main_script
 from fastpost.data.units import words
 from fastpost.judges.judge import answer_rows
 from fastpost.judges.panel import Panel
@@ -56,8 +56,8 @@ class Filters:
 
     Attributes:
         min_words, max_words: of every answer, as `fastpost.data.units.words` counts.
-        scripts: of every prompt and answer (`fastpost.data.scripts.main_script`), such as
-            ("Latin",); one of them must fit. Empty takes any; texts without letters always fit.
+        languages: ISO 639 codes of which every prompt and answer must be in one, such as ("en",).
+            Empty takes any; a text too short to tell, numbers and code always fit.
         drop_refusals: no answer has a stock phrase of refusal (English).
         near_duplicates: Jaccard similarity of the first prompt's word 5-grams with those of an
             earlier row from which a row goes; None compares words exactly, and nothing more.
@@ -69,7 +69,7 @@ class Filters:
 
     min_words: int = 1
     max_words: int | None = None
-    scripts: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
     drop_refusals: bool = True
     near_duplicates: float | None = 0.8
     judge: JudgeFilter | None = None
@@ -79,8 +79,7 @@ class Filters:
             raise ValueError(
                 f"min_words {self.min_words} and max_words {self.max_words} leave no length"
             )
-        if isinstance(self.scripts, str):
-            raise ValueError(f"scripts is {self.scripts!r}; give a tuple of names")
+        require_languages(self.languages)
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise ValueError(
                 f"near_duplicates is {self.near_duplicates}; give a similarity above 0, at most 1"
@@ -102,9 +101,9 @@ class Filters:
                     return f"answer above {self.max_words} words"
                 if self.drop_refusals and not _NO_REFUSAL.holds(text):
                     return "refusal"
-            script = main_script(text) if self.scripts else "none"
-            if script not in (*self.scripts, "none"):  # numbers alone have no language
-                return f"script {script}"
+            language = main_language(text) if self.languages else UNDETERMINED
+            if language not in (*self.languages, UNDETERMINED):
+                return f"language {language}"
         return None
 
 

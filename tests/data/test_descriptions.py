@@ -1,4 +1,4 @@
-"""What a report says of texts: habits and their rewrites, scripts, near-duplicates, turns."""
+"""What a report says of texts: habits and their rewrites, languages, near-duplicates, turns."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import random
 
 import pytest
 
+from fastpost.data.languages import main_language, require_languages
 from fastpost.data.near_duplicates import NearDuplicates, jaccard, shingles
 from fastpost.data.normalisers import NORMALISERS, habits_of, normalise_row, opening
-from fastpost.data.scripts import main_script
 from fastpost.data.turns import turns
 
 
@@ -98,21 +98,30 @@ def test_turns_of_every_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "script"),
+    ("text", "language"),
     [
-        ("The cat", "Latin"),
-        ("Кот и cat", "Cyrillic"),
-        ("这是中文", "Chinese"),
-        ("これは漢字の文です", "Japanese"),
-        ("안녕하세요", "Korean"),
-        ("नमस्ते", "Devanagari"),
-        ("1 + 2 = 3!", "none"),
-        ("", "none"),
-        ("ᚠᚢᚦ", "other"),
+        ("The cat sat on the mat and looked at me.", "en"),
+        ("Le chat est assis sur le tapis et me regarde.", "fr"),
+        ("Die Katze sitzt auf der Matte und schaut mich an.", "de"),
+        ("Сегодня хорошая погода, и мы пойдём гулять в парк.", "ru"),
+        ("猫は敷物の上に座って私を見ている。", "ja"),
+        ("고양이가 매트 위에 앉아 나를 보고 있다.", "ko"),
+        ("1 + 2 = 3!", "und"),
+        ("x = f(y) + 1", "und"),
+        ("ok", "und"),
+        ("", "und"),
+        ("\ud800", "und"),
     ],
 )
-def test_scripts(text: str, script: str) -> None:
-    assert main_script(text) == script
+def test_languages(text: str, language: str) -> None:
+    assert main_language(text) == language
+
+
+def test_unknown_languages_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"languages has Latin; known are .*en, eo"):
+        require_languages(("en", "Latin"))
+    with pytest.raises(ValueError, match=r'give a tuple of codes, such as \("en",\)'):
+        require_languages("en")
 
 
 def test_near_duplicates_are_those_of_an_exact_comparison() -> None:

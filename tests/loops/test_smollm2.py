@@ -1,4 +1,4 @@
-"""A loop on a real model: SmolLM2-135M is trained on sums that it got right, and gets more right."""
+"""A loop on a real model: SmolLM2-135M, trained on sums that it got right, gets more right."""
 
 from __future__ import annotations
 

@@ -123,7 +123,11 @@ def answering(text: str | None, is_whole: bool = True) -> FakeTeacher:
         (answering("  \n"), Filters(), "empty assistant turn"),
         (answering("No way."), Filters(min_words=3), "answer below 3 words"),
         (answering("one two three four"), Filters(max_words=3), "answer above 3 words"),
-        (answering("это ответ"), Filters(scripts=("Latin",)), "script Cyrillic"),
+        (
+            answering("Сегодня хорошая погода, и мы пойдём гулять в парк."),
+            Filters(languages=("en",)),
+            "language ru",
+        ),
         (answering("half an", False), Filters(), "answer cut off at max_tokens"),
     ],
 )
@@ -137,8 +141,8 @@ def test_each_filter_drops_and_says_why(model: FakeTeacher, filters: Filters, wh
     [
         ("I'm sorry, I cannot help with that.", Filters(drop_refusals=False)),
         ("one two three", Filters(min_words=3, max_words=3)),
-        ("это ответ", Filters(scripts=("Latin", "Cyrillic"))),
-        ("42", Filters(scripts=("Latin",))),
+        ("Сегодня хорошая погода, и мы пойдём гулять в парк.", Filters(languages=("en", "ru"))),
+        ("42", Filters(languages=("en",))),
     ],
 )
 def test_filters_keep_what_is_within_them(text: str, filters: Filters) -> None:
@@ -270,7 +274,7 @@ def test_estimates_bound_the_calls() -> None:
         (lambda: teach(FakeTeacher(), ["a"], per_topic=0), ValueError, "per_topic is 0"),
         (lambda: teach(lambda c, *, seed: [], ["a"], per_topic=1), TypeError, "no `identity`"),
         (lambda: Filters(min_words=3, max_words=2), ValueError, "leave no length"),
-        (lambda: Filters(scripts="Latin"), ValueError, "tuple"),
+        (lambda: Filters(languages="en"), ValueError, "tuple"),
         (lambda: Filters(near_duplicates=0.0), ValueError, "near_duplicates is 0.0"),
         (lambda: JudgeFilter(None, "c", 0), ValueError, "min_score is 0"),
         (

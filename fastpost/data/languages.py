@@ -14,11 +14,11 @@ __all__ = ["UNDETERMINED", "main_language", "require_languages"]
 UNDETERMINED = "und"
 # A language less probable than this is none: a few words, numbers, code.
 _LEAST_PROBABILITY = 0.5
-_ENOUGH = 2000  # characters
+_ENOUGH = 500  # characters
 
 
 def main_language(text: str) -> str:
-    """ISO 639 code of its first 2,000 characters, "en"; `UNDETERMINED` where none is likely."""
+    """ISO 639 code of its first 500 characters, "en"; `UNDETERMINED` where none is likely."""
     text = text[:_ENOUGH]
     if not any(character.isalpha() for character in text):
         return UNDETERMINED

@@ -253,8 +253,8 @@ FASTPOST_EXPORT void fastpost_column_scale_forward(int is_bf16, const void* z, i
                                                    const float* norm, const float* bias, void* out,
                                                    int simd_limit, int threads) {
   const std::vector<float> column = ratios(scale, norm, width);
-  const ColumnScale p{z,     nullptr, z_stride, 0,   rows,
-                      width, norm ? column.data() : scale, bias, out, nullptr, 1};
+  const float* by = norm ? column.data() : scale;
+  const ColumnScale p{z, nullptr, z_stride, 0, rows, width, by, bias, out, nullptr, 1};
   const auto row = is_bf16 ? column_scale_forward_row_for<bf16>(simd_limit)
                            : column_scale_forward_row_for<float>(simd_limit);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -273,9 +273,10 @@ FASTPOST_EXPORT void fastpost_column_scale_backward(int is_bf16, const void* gra
   const int64_t blocks = (rows + block_rows - 1) / block_rows;
   std::vector<float> partials(d_scale ? blocks * width : 0);
   const std::vector<float> column = ratios(scale, norm, width);
-  const ColumnScale p{z,     grad,  z_stride, grad_stride, rows,
-                      width, norm ? column.data() : scale,
-                      nullptr, d_z, d_scale ? partials.data() : nullptr, block_rows};
+  const float* by = norm ? column.data() : scale;
+  const ColumnScale p{z,     grad, z_stride, grad_stride, rows,
+                      width, by,   nullptr,  d_z,         d_scale ? partials.data() : nullptr,
+                      block_rows};
   const auto row = is_bf16 ? column_scale_backward_row_for<bf16>(simd_limit)
                            : column_scale_backward_row_for<float>(simd_limit);
   const auto four = is_bf16 ? column_scale_backward_four_for<bf16>(simd_limit)

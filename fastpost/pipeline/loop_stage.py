@@ -4,9 +4,10 @@
      sampler: {temperature: 1.0, max_tokens: 512}, sft: {max_steps: 100, lora_r: 16}}
 
 Arguments keep their names; those that are objects in Python are written as what they are made of:
-`sampler` (temperature, top_p, max_tokens, batch_size), `judge` (url and model, or model), `rewards`
-and `general_rewards` (names, as `fastpost grpo --reward`), `scorers` (as a pipeline's evaluation)
-for `evaluate`, and `lora_r`, `lora_alpha` among a training's fields for `peft_config`.
+`sampler` (temperature, top_p, max_tokens, batch_size), `judge` (settings of one, or a file of
+judges), `rewards` and `general_rewards` (names, as `fastpost grpo --reward`), `scorers` (as a
+pipeline's evaluation) for `evaluate`, and `lora_r`, `lora_alpha` among a training's fields for
+`peft_config`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from fastpost.chat_model.interface import Sampling
-from fastpost.judges.judge import Judge
+from fastpost.judges.judge_file import read_judge
 from fastpost.loops import LOOPS
 from fastpost.loops.samplers import local_sampler
 from fastpost.pipeline.commands import write_json
 from fastpost.pipeline.recipe import RecipeError
-from fastpost.pipeline.scorers import Rewards, chat_model_of, evaluate
+from fastpost.pipeline.scorers import Rewards, evaluate
 
 __all__ = ["arguments_of", "check_loop", "run_loop"]
 
@@ -78,7 +79,7 @@ def arguments_of(given: Mapping[str, Any], rewards: Rewards) -> dict[str, Any]:
         if name == "sampler":
             arguments[name] = _sampler(value)
         elif name == "judge":
-            arguments[name] = Judge(chat_model_of(value))
+            arguments[name] = read_judge(value)
         elif name in ("rewards", "general_rewards"):
             arguments[name] = rewards(value)
         elif name == "scorers":

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpost.chat_model.interface import ChatModel, Conversation, Sampling
+from fastpost.chat_model.interface import Conversation, Sampling
 from fastpost.chat_model.local import LocalChatModel
-from fastpost.chat_model.model_spec import ModelSpec
 from fastpost.data.rows import read_rows
-from fastpost.judges.judge import Judge
+from fastpost.judges.judge_file import read_judge
 from fastpost.pipeline.evaluation import score
 
-__all__ = ["Evaluated", "chat_model_of", "evaluate"]
+__all__ = ["Evaluated", "evaluate"]
 
 _PROBLEMS, _NEW_TOKENS, _SHOWN = 200, 512, 8
 Rewards = Callable[[str | list[str]], list[Any]]
@@ -190,22 +189,11 @@ def _preferred(
     """1, ½ or 0 for each prompt: how far the reply beats the first model's."""
     if before is None:
         return [0.5] * len(replies)
-    judge = Judge(chat_model_of(scorer["judge"]))
+    judge = read_judge(scorer["judge"])
     asked = ["\n".join(turn["content"] for turn in prompt) for prompt in prompts]
     firsts = before["replies"][scorer["name"]]
     values = judge.prefer(scorer["criteria"], asked, list(replies), firsts).values
     return [value for value in values if value is not None]
-
-
-def chat_model_of(given: Mapping[str, Any]) -> ChatModel:
-    """A judge's model by the settings of `ModelSpec`; without any, greedy and of short replies.
-
-    Raises:
-        ValueError: `model` is missing, a setting is unknown, or the key's variable is not set.
-    """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"judge: expected settings such as model and endpoint, got {given!r}")
-    return ModelSpec.from_mapping({"temperature": 0.0, "max_tokens": 256, **given}).open()
 
 
 def _lm_eval(model: str, scorer: Mapping[str, Any], found: Evaluated) -> None:

@@ -18,6 +18,7 @@ from fastpost.demo import tasks
 from fastpost.demo.smollm2 import smollm2_path
 from fastpost.pipeline.recipe import (
     DATA_KINDS,
+    LOOP_KINDS,
     TRAINED_KINDS,
     Pipeline,
     Stage,
@@ -44,6 +45,20 @@ def variety(completions, **columns):
 _SAMPLING = ("grpo", "rloo", "ppo")
 _PAIRS = ("dpo", "orpo", "cpo", "reward", "length_control")
 Row = dict[str, Any]
+_EXAM: dict[str, Any] = {
+    "name": "chain_sum", "scorer": "reasoning_gym", "task": "chain_sum", "problems": 8,
+    "max_new_tokens": 24, "tolerance": 0.5,
+}  # fmt: skip
+# A loop's data by the shape of its rows, and `rows`, whose shape depends on the loop.
+_LOOP_ROWS = {
+    "prompts": "prompts", "problems": "prompts", "general_prompts": "prompts", "probes": "prompts",
+    "sft_rows": "sft", "cold_start": "sft", "general_rows": "sft",
+}  # fmt: skip
+_LOOP_ONCE = {
+    "iterations": 1, "max_iterations": 1, "cycles": 1, "revisions": 1, "samples": 2, "keep": 1,
+    "threshold": 0.0,
+}  # fmt: skip
+_DROPPED_OF_LOOPS = ("prompts_per_cycle", "batch_size", "min_margin", "reward_weights")
 
 
 def smoke(pipeline: Pipeline) -> Pipeline:
@@ -71,12 +86,7 @@ def _small_evaluation(pipeline: Pipeline) -> tuple[dict[str, Any], ...]:
     """One exam, whatever the recipe asks: its tolerance is what two steps cannot miss."""
     if not pipeline.evaluation:
         return ()
-    return (
-        {
-            "name": "chain_sum", "scorer": "reasoning_gym", "task": "chain_sum", "problems": 8,
-            "max_new_tokens": 24, "tolerance": 0.5,
-        },
-    )  # fmt: skip
+    return (_EXAM,)
 
 
 def _small(pipeline: Pipeline, stage: Stage, rows: _Rows) -> Stage:
@@ -100,12 +110,34 @@ def _small(pipeline: Pipeline, stage: Stage, rows: _Rows) -> Stage:
             fields["reward"] = ["maths", rows.reward()]
         if not list(references(fields["dataset"])):
             fields["dataset"] = rows(shape)
-    elif stage.kind not in ("merge", "export", "evaluate"):
-        raise ValueError(
-            f"stage {stage.name}: --smoke does not know how to make {stage.kind} small; try the "
-            "recipe with a small model and few rows instead"
-        )
+    elif stage.kind in LOOP_KINDS:
+        fields = _small_loop(stage.kind, fields, rows)
     return dataclasses.replace(stage, fields=fields)
+
+
+def _small_loop(kind: str, fields: dict[str, Any], rows: _Rows) -> dict[str, Any]:
+    """One iteration on few rows; what teaches is what the recipe says, who judges is at hand."""
+    small = {name: value for name, value in fields.items() if name not in _DROPPED_OF_LOOPS}
+    rewarded = fields.get("way") == "reward"
+    shapes = _LOOP_ROWS | {"rows": "sft" if kind == "spin" else "prompts" if rewarded else "pairs"}
+    methods = {"training": "grpo" if rewarded else "dpo", "rl": fields.get("feedback", "grpo")}
+    for name, value in small.items():
+        if name in shapes and isinstance(value, str) and not list(references(value)):
+            small[name] = rows(shapes[name])
+        elif name in ("rewards", "general_rewards"):
+            small[name] = rows.reward()
+        elif name == "judge":
+            small[name] = {"model": str(smollm2_path()), "weighs_choices": True}
+        elif name == "sampler":
+            small[name] = {"temperature": 1.0, "max_tokens": 8, "batch_size": _ROWS}
+        elif name == "scorers":
+            small[name] = [{**_EXAM, "name": fields.get("metric", _EXAM["name"])}]
+        elif name in _LOOP_ONCE:
+            small[name] = _LOOP_ONCE[name]
+        elif isinstance(value, dict):
+            method = methods.get(name, name.removeprefix("second_"))
+            small[name] = _small_training(method, value)
+    return small
 
 
 def _small_training(method: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +154,8 @@ def _small_training(method: str, fields: dict[str, Any]) -> dict[str, Any]:
     }
     if method in _SAMPLING:
         small |= {"num_generations": _GROUP, "max_completion_length": 24}
+    elif method == "online_dpo":
+        small |= {"max_new_tokens": 8, "max_length": 256}
     else:
         small["max_length"] = 256
     return small

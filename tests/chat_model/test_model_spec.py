@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fastpost.chat_model.cache import CachedChatModel
 from fastpost.chat_model.endpoint import EndpointChatModel
 from fastpost.chat_model.model_spec import ModelSpec, weights_name
-from fastpost.judges.judge_file import read_judges
+from fastpost.judges.judge import Judge
+from fastpost.judges.judge_file import read_judge, read_judges
+from fastpost.judges.panel import Panel
 from tests.chat_model.endpoint_server import reply, serving
 from tests.trainers.conftest import tiny_model, tokenizer  # noqa: F401
 
@@ -98,3 +101,18 @@ def test_judges_of_a_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ValueError, match=complaint):
             read_judges(file)
+
+
+def test_who_decides_is_one_judge_or_a_panel(tmp_path) -> None:
+    entry = {"model": "m", "endpoint": "http://127.0.0.1:1/v1/chat/completions"}
+    one = read_judge(entry)
+    assert isinstance(one, Judge) and one.name == "m"
+    for count, kind in ((1, Judge), (3, Panel)):
+        file = tmp_path / f"{count}.yaml"
+        file.write_text(yaml.safe_dump([entry | {"name": f"judge {i}"} for i in range(count)]))
+        assert isinstance(read_judge(str(file)), kind)
+    file.write_text(yaml.safe_dump([entry | {"name": f"judge {i}"} for i in range(2)]))
+    with pytest.raises(ValueError, match="2 judges; give at least 3"):
+        read_judge(file)
+    with pytest.raises(ValueError, match=r"judge: expected \{model.*got 3"):
+        read_judge(3)

@@ -12,10 +12,13 @@ import pytest
 import yaml
 
 from fastpost.loops import LOOPS
+from fastpost.pipeline import smoke as smoke_module
+from fastpost.pipeline.loop_stage import check_loop
 from fastpost.report.page import page_of
 from fastpost.report.reading import read_run
 from tests.chat_model.endpoint_server import reply, serving
 from tests.judges.fake_judges import texts_of
+from tests.pipeline.conftest import read
 
 TRAINING = {
     "max_steps": 2,
@@ -101,6 +104,26 @@ def stages(judge: dict[str, Any]) -> list[dict[str, Any]]:
             "grpo": SAMPLED,
         },
     ]
+
+
+def test_small_loops_keep_their_trainings(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(smoke_module, "smollm2_path", lambda: tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    small = smoke_module.smoke(read(*stages({"model": "judge", "endpoint": "http://nowhere"})))
+    for stage in small.stages:
+        check_loop(stage.kind, stage.fields, stage.name)
+        for name, value in stage.fields.items():
+            if isinstance(value, dict) and "max_steps" in value:
+                assert value["max_steps"] == 2 and value["learning_rate"] == 1e-3, name
+    fields = {stage.kind: stage.fields for stage in small.stages}
+    assert fields["spin"]["dpo"]["lora_r"] == 4 and fields["spin"]["max_iterations"] == 1
+    assert fields["spin"]["scorers"][0]["name"] == fields["spin"]["metric"] == "reward"
+    assert fields["constitutional"]["judge"]["weighs_choices"]
+    assert fields["constitutional"]["constitution"] == "constitution.yaml"
+    pair = json.loads(Path(fields["length_control"]["rows"]).read_text().splitlines()[0])
+    assert pair["chosen"] != pair["rejected"]
+    answered = json.loads(Path(fields["r1"]["cold_start"]).read_text().splitlines()[0])
+    assert set(answered) == {"prompt", "completion"}
 
 
 @pytest.mark.slow(minutes=2)

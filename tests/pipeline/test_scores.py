@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastpost.judges.judge import Judge
 from fastpost.pipeline import scorers
 from fastpost.pipeline.evaluation import best_so_far, regressions, score, table
 
@@ -58,7 +59,7 @@ class LikesLong:
 
 
 def test_the_win_rate_is_against_the_first_model_in_both_orders(monkeypatch) -> None:
-    monkeypatch.setattr(scorers, "chat_model_of", lambda given: LikesLong())
+    monkeypatch.setattr(scorers, "read_judge", lambda given: Judge(LikesLong()))
     asked = [{"name": "wins", "judge": {}, "criteria": "length"}, [[{"content": "q"}]] * 4]
     replies = ["longer" * 3, "longer" * 3, "longer" * 3, "brief"]
     firsts = ["brief", "brief", "brief", "longer" * 3]

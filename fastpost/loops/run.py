@@ -19,7 +19,9 @@ import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,11 @@ __all__ = [
     "LoopRun",
     "Sampler",
     "prompt_rows",
+    "watching",
 ]
+
+Watch = Callable[[Any, str, Path], None]  # a trainer, its stage, the stage's folder
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 Sampler = Callable[[str], ChatModel]  # a model folder in
 Evaluate = Callable[[str], Mapping[str, float]]  # a model folder in, scores out
@@ -254,6 +260,8 @@ class LoopRun:
             processing_class=copy.deepcopy(self.tokenizer),
             **arguments,
         )
+        if (watch := _WATCH.get()) is not None:
+            watch(trainer, stage, self.folder / stage)
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(run)[0])
         self._save(_whole_model(trainer), trained)
         self.journal.put(f"{stage}/trained", _last_numbers(trainer.state.log_history))
@@ -283,6 +291,16 @@ class LoopRun:
     def result(self, checkpoint: str | Path, metrics: Sequence[dict[str, Any]]) -> LoopResult:
         """The loop's result."""
         return LoopResult(Path(checkpoint), dict(self._rows), list(metrics))
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Shows `watch` every trainer of a loop within, before it trains."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
 
 
 def prompt_rows(rows: Sequence[Row], name: str, *columns: str) -> list[Row]:

@@ -21,12 +21,15 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from fastpost.chat_model.interface import Sampling
+from fastpost.health.monitor import HealthMonitor
 from fastpost.judges.judge_file import read_judge
 from fastpost.loops import LOOPS
+from fastpost.loops.run import watching
 from fastpost.loops.samplers import local_sampler
 from fastpost.pipeline.commands import write_json
 from fastpost.pipeline.recipe import RecipeError
 from fastpost.pipeline.scorers import Rewards, evaluate
+from fastpost.report.record import RunRecorder
 
 __all__ = ["arguments_of", "check_loop", "run_loop"]
 
@@ -60,7 +63,8 @@ def run_loop(job: Mapping[str, Any], rewards: Rewards) -> None:
     loop, folder = given.pop("loop"), Path(given.pop("folder"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(given["model"])
-    result = LOOPS[loop](tokenizer=tokenizer, folder=folder, **arguments_of(given, rewards))
+    with watching(_record):
+        result = LOOPS[loop](tokenizer=tokenizer, folder=folder, **arguments_of(given, rewards))
     write_json(
         folder / "result.json",
         {
@@ -70,6 +74,11 @@ def run_loop(job: Mapping[str, Any], rewards: Rewards) -> None:
         },
     )
     print(f"{loop} chose {result.checkpoint}", flush=True)
+
+
+def _record(trainer: Any, stage: str, folder: Path) -> None:
+    """Keep the curves of a training inside a loop."""
+    trainer.add_callback(RunRecorder(trainer, HealthMonitor([]), stage, folder))
 
 
 def arguments_of(given: Mapping[str, Any], rewards: Rewards) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def read_run(folder: str | Path) -> RunRead:
     for name in ["start", *names]:
         found = _stage(folder / "stages" / name, name, facts)
         if found is not None:
-            stages.append(found)
+            stages += [found, *_trainings(folder / "stages" / name / "loop", name)]
     plans = _json(folder / "plan.json") or []
     planned = {plan["name"]: plan for plan in plans}
     return RunRead(str(folder), stages, facts, planned, len(manifest["starts"]))
@@ -115,6 +115,17 @@ def _stage(folder: Path, name: str, facts: dict[str, Any]) -> StageRead | None:
         stage.skipped = evaluation["skipped"]
         stage.finished = stage.finished or record is None
     return stage
+
+
+def _trainings(folder: Path, loop: str) -> list[StageRead]:
+    """The trainings inside a loop, whose time is the loop's."""
+    found = []
+    for path in sorted(folder.glob(f"*/{RECORD}")):
+        stage = StageRead(f"{loop}/{path.parent.name}", "training", finished=True)
+        read_training(path, stage)
+        stage.seconds = None
+        found.append(stage)
+    return found
 
 
 def read_training(path: Path, stage: StageRead) -> None:

@@ -46,11 +46,14 @@ class RunRecorder(TrainerCallback):
         trainer: with an `engine`.
         monitor: whose findings are kept.
         method: what the run is called.
+        folder: where the record lies; None is the trainer's `output_dir`.
     """
 
-    def __init__(self, trainer: Any, monitor: HealthMonitor, method: str) -> None:
+    def __init__(
+        self, trainer: Any, monitor: HealthMonitor, method: str, folder: Path | None = None
+    ) -> None:
         self._trainer, self._monitor, self._method = trainer, monitor, method
-        self._path = Path(trainer.args.output_dir) / RECORD
+        self._path = Path(folder or trainer.args.output_dir) / RECORD
         self._told = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -110,6 +110,11 @@ def _small(pipeline: Pipeline, stage: Stage, rows: _Rows) -> Stage:
             fields["reward"] = ["maths", rows.reward()]
         if not list(references(fields["dataset"])):
             fields["dataset"] = rows(shape)
+    elif stage.kind == "constitutional":
+        raise ValueError(
+            f"stage {stage.name}: --smoke has no judge that tells short answers of a small model "
+            "apart, so constitutional would have no pairs to train on; leave the stage out of it"
+        )
     elif stage.kind in LOOP_KINDS:
         fields = _small_loop(stage.kind, fields, rows)
     return dataclasses.replace(stage, fields=fields)

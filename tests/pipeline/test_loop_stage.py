@@ -110,7 +110,11 @@ def stages(judge: dict[str, Any]) -> list[dict[str, Any]]:
 def test_small_loops_keep_their_trainings(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(smoke_module, "smollm2_path", lambda: tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    small = smoke_module.smoke(read(*stages({"model": "judge", "endpoint": "http://nowhere"})))
+    given = {stage["stage"]: stage for stage in stages({"model": "m", "endpoint": "http://x"})}
+    constitutional = given.pop("constitutional")
+    with pytest.raises(ValueError, match="no judge that tells short answers"):
+        smoke_module.smoke(read(constitutional))
+    small = smoke_module.smoke(read(*given.values()))
     for stage in small.stages:
         check_loop(stage.kind, stage.fields, stage.name)
         for name, value in stage.fields.items():
@@ -119,8 +123,7 @@ def test_small_loops_keep_their_trainings(tmp_path: Path, monkeypatch) -> None:
     fields = {stage.kind: stage.fields for stage in small.stages}
     assert fields["spin"]["dpo"]["lora_r"] == 4 and fields["spin"]["max_iterations"] == 1
     assert fields["spin"]["scorers"][0]["name"] == fields["spin"]["metric"] == "reward"
-    assert fields["constitutional"]["judge"]["weighs_choices"]
-    assert fields["constitutional"]["constitution"] == "constitution.yaml"
+    assert fields["online_judge"]["judge"]["weighs_choices"]
     pair = json.loads(Path(fields["length_control"]["rows"]).read_text().splitlines()[0])
     assert pair["chosen"] != pair["rejected"]
     answered = json.loads(Path(fields["r1"]["cold_start"]).read_text().splitlines()[0])

@@ -236,6 +236,8 @@ FASTPOST_EXPORT void fastpost_dropout(int is_bf16, const void* x, int64_t x_stri
 }
 FASTPOST_ARGUMENTS(fastpost_dropout)
 
+namespace {
+
 // With a norm [width], `scale` is a magnitude that is divided by it; one of zero counts as this: what
 // was multiplied by zero could not be found again.
 constexpr float kLeastMagnitude = 1e-30f;
@@ -247,6 +249,8 @@ std::vector<float> ratios(const float* magnitude, const float* norm, int64_t wid
   for (int64_t j = 0; j < int64_t(found.size()); ++j) found[j] = off_zero(magnitude[j]) / norm[j];
   return found;
 }
+
+}  // namespace
 
 FASTPOST_EXPORT void fastpost_column_scale_forward(int is_bf16, const void* z, int64_t z_stride,
                                                    int64_t rows, int64_t width, const float* scale,

@@ -55,7 +55,7 @@ _LOOP_ROWS = {
     "sft_rows": "sft", "cold_start": "sft", "general_rows": "sft",
 }  # fmt: skip
 _LOOP_ONCE = {
-    "iterations": 1, "max_iterations": 1, "cycles": 1, "revisions": 1, "samples": 2, "keep": 1,
+    "iterations": 1, "max_iterations": 1, "cycles": 1, "samples": 2, "keep": 1,
     "threshold": 0.0,
 }  # fmt: skip
 _DROPPED_OF_LOOPS = ("prompts_per_cycle", "batch_size", "min_margin", "reward_weights")
@@ -125,7 +125,7 @@ def _small_loop(kind: str, fields: dict[str, Any], rows: _Rows) -> dict[str, Any
     small = {name: value for name, value in fields.items() if name not in _DROPPED_OF_LOOPS}
     rewarded = fields.get("way") == "reward"
     shapes = _LOOP_ROWS | {"rows": "sft" if kind == "spin" else "prompts" if rewarded else "pairs"}
-    methods = {"training": "grpo" if rewarded else "dpo", "rl": fields.get("feedback", "grpo")}
+    of_length = "grpo" if rewarded else "dpo"
     for name, value in small.items():
         if name in shapes and isinstance(value, str) and not list(references(value)):
             small[name] = rows(shapes[name])
@@ -140,7 +140,7 @@ def _small_loop(kind: str, fields: dict[str, Any], rows: _Rows) -> dict[str, Any
         elif name in _LOOP_ONCE:
             small[name] = _LOOP_ONCE[name]
         elif isinstance(value, dict):
-            method = methods.get(name, name.removeprefix("second_"))
+            method = of_length if name == "training" else name.removeprefix("second_")
             small[name] = _small_training(method, value)
     return small
 

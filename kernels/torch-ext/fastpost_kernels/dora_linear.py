@@ -174,13 +174,8 @@ class _ScaleOver(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # someone may differentiate once more
-            return once_differentiable(_ScaleOver._gradients)(ctx, *grads)
-        return _ScaleOver._gradients(ctx, *grads)
-
-    @staticmethod
-    def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         count, saved = len(grads), ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         d_zs: list[Tensor | None] = [None] * count
